@@ -1,0 +1,98 @@
+"""The console script `visplice`: one verb per job. Heavy imports wait for the verb that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+_STAGES = {"align": "stage 1: align pictures with captions", "instruct": "stage 2: instruction tuning"}
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: float32"
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every verb; the arguments of the two stages are left to LightningCLI."""
+    parser = argparse.ArgumentParser(prog="visplice", description="Gives a frozen LLaMA sight.")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+
+    demo = verbs.add_parser("demo", help="train and test the embedded model from nothing, then open the chat")
+    demo.add_argument(
+        "--out", default="runs/demo", help="folder for data, models, report and figures (default: %(default)s)"
+    )
+    demo.add_argument("--no-serve", action="store_true", help="stop before the chat")
+    demo.add_argument("--ablate", action="store_true", help="also without stage 1, and with broken parts")
+    demo.add_argument(
+        "--port", type=_positive, default=7860, help="port of the chat on 127.0.0.1 (default: %(default)s)"
+    )
+    demo.add_argument("--seed", type=int, default=0, help="fixes data, weights and order (default: %(default)s)")
+    demo.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
+
+    chat = verbs.add_parser("chat", help="image chat in the browser")
+    chat.add_argument("--model", default="embedded", help="extension folder (default: the shipped small model)")
+    chat.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)"
+    )
+    chat.add_argument("--port", type=_positive, default=7860, help="default: %(default)s")
+    chat.add_argument("--open", action="store_true", help="open the page in the browser")
+    chat.add_argument("--seed", type=int, default=None, help="fixes what sampling draws")
+    _add_device(chat)
+
+    ask = verbs.add_parser("ask", help="one answer on the terminal")
+    ask.add_argument("question", help="what to ask")
+    ask.add_argument("--image", action="append", default=[], metavar="FILE", help="picture; again for several")
+    ask.add_argument("--model", default="embedded", help="extension folder (default: the shipped small model)")
+    ask.add_argument("--max-new-tokens", type=_positive, default=64, help="default: %(default)s")
+    ask.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    ask.add_argument("--top-k", type=_positive, default=None)
+    ask.add_argument("--top-p", type=float, default=None)
+    ask.add_argument("--seed", type=int, default=None, help="fixes what sampling draws")
+    _add_device(ask)
+
+    for stage, text in _STAGES.items():
+        verbs.add_parser(stage, help=f"{text} (fit or validate; --help lists all)", add_help=False)
+
+    verbs.add_parser("doctor", help="versions, devices, what is missing")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit status. What a user can cause ends in one line and status 2."""
+    # Spinning threads starve each other as soon as one other process is busy; must be set before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser()
+    try:
+        if words and words[0] in _STAGES:
+            import_module("visplice.train.cli").run(words[0], words[1:])
+            return 0
+        options = parser.parse_args(words)
+        if options.verb is None:
+            parser.print_help()
+            return 2
+        verb: Callable[[argparse.Namespace], int] = import_module(f"visplice.app.{options.verb}").main
+        return verb(options)
+    except KeyboardInterrupt:
+        print("\nvisplice: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"visplice: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""The extension folder: what training made, and what is needed to rebuild the model around it.
+
+`visplice.json` holds the configs of encoder, projector and prompt, where the decoder lies, and a fingerprint of both
+frozen backbones; `projector.safetensors` holds the projector and its sentinels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from visplice.lm.checkpoint import load_llama
+from visplice.lm.prompt import TEMPLATES, Template
+from visplice.lm.tokenizer import Tokenizer
+from visplice.lm.vision_llama import VisionLlama
+from visplice.projector.mlp import Projector, ProjectorConfig
+from visplice.vision.encoder import EncoderConfig, VisionEncoder
+
+FORMAT = 1
+EMBEDDED = "embedded"  # name of the small backbones and the projector that ship with the package
+
+
+def embedded_folder(package: str) -> Path:
+    """The shipped weights of `vision`, `projector` or `lm`."""
+    return Path(str(files(f"visplice.{package}"))) / "weights"
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Tells one backbone from another, whatever dtype or device it was loaded to.
+
+    Hashes names, shapes and up to 1,024 evenly spaced values of every tensor, rounded to bfloat16.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        flat = tensor.detach().flatten()
+        values = flat[:: max(1, len(flat) // 1024)].to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{name} {list(tensor.shape)}".encode() + values.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_backbones(
+    encoder: EncoderConfig, lm: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[VisionEncoder, Any, Tokenizer]:
+    """Encoder, decoder and tokenizer; `lm` is a folder, or 'embedded'."""
+    folder = embedded_folder("lm") if lm == EMBEDDED else Path(lm)
+    llama = load_llama(folder, dtype=dtype, device=device)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    if tokenizer.vocab_size > llama.config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the decoder only {llama.config.vocab_size} rows"
+        )
+    return VisionEncoder(encoder).to(device=device, dtype=dtype), llama, tokenizer
+
+
+def template_named(name: str) -> Template:
+    """The prompt template of that name; ValueError lists the names when there is none."""
+    if name not in TEMPLATES:
+        raise ValueError(f"template {name!r} is unknown; there is {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def save_extension(model: VisionLlama, folder: str | Path, *, lm: str) -> None:
+    """Writes the extension folder; `lm` is what will be opened as the decoder: a folder, or 'embedded'.
+
+    Each file is written beside its place and renamed, so a crash leaves the old one or the new one.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "format": FORMAT,
+        "encoder": model.encoder.config.to_dict(),
+        "projector": vars(model.projector.config),
+        "lm": lm,
+        "template": model.prompts.template.name,
+        "fingerprint": {"encoder": fingerprint(model.encoder.vit), "lm": fingerprint(model.lm)},
+    }
+    state = {name: tensor.detach().cpu().float().contiguous() for name, tensor in model.projector.state_dict().items()}
+    partial = folder / "projector.safetensors.partial"
+    save_file(state, str(partial), metadata={"format": "pt"})
+    os.replace(partial, folder / "projector.safetensors")
+    partial = folder / "visplice.json.partial"
+    partial.write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(partial, folder / "visplice.json")
+
+
+def load_projector(config: ProjectorConfig, file: Path) -> Projector:
+    """Reads `projector.safetensors` strictly.
+
+    Raises:
+        ValueError: the file is missing or broken, or its tensors are not those of the config.
+    """
+    try:
+        state = load_file(str(file))
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file; an extension folder holds it beside visplice.json") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error})") from error
+    projector = Projector(config)
+    expected = {name: list(tensor.shape) for name, tensor in projector.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in state.items()}
+    if expected != found:
+        raise ValueError(f"{file}: holds {found}, but visplice.json asks for {expected}")
+    projector.load_state_dict(state)
+    return projector
+
+
+def load_extension(
+    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> VisionLlama:
+    """Opens an extension folder, or the shipped one under the name 'embedded'.
+
+    Raises:
+        ValueError: a file is missing or broken, a field is unknown or missing, or a backbone is not the one that the
+            projector was trained with.
+    """
+    folder = embedded_folder("projector") if str(folder) == EMBEDDED else Path(folder)
+    file = folder / "visplice.json"
+    try:
+        raw = json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{file}: no such file; an extension folder holds visplice.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
+    fields = {"format", "encoder", "projector", "lm", "template", "fingerprint"}
+    if not isinstance(raw, dict) or raw.keys() != fields:
+        found = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
+        raise ValueError(f"{file}: holds {found}, but the fields are {sorted(fields)}")
+    if raw["format"] != FORMAT:
+        raise ValueError(f"{file}: format {raw['format']!r} was written by another version; this one reads {FORMAT}")
+    try:
+        encoder_config, projector_config = EncoderConfig(**raw["encoder"]), ProjectorConfig(**raw["projector"])
+    except TypeError as error:
+        raise ValueError(f"{file}: {error}") from error
+    encoder, lm, tokenizer = load_backbones(encoder_config, raw["lm"], device=device, dtype=dtype)
+    for name, module in (("encoder", encoder.vit), ("lm", lm)):
+        found, expected = fingerprint(module), raw["fingerprint"].get(name)
+        if found != expected:
+            raise ValueError(
+                f"{file}: the projector was trained with the {name} of fingerprint {str(expected)[:12]}, "
+                f"but the one opened has {found[:12]}"
+            )
+    projector = load_projector(projector_config, folder / "projector.safetensors").to(device=device)
+    return VisionLlama(encoder, projector, lm, tokenizer, template_named(raw["template"]))

@@ -1,0 +1,86 @@
+"""`visplice align` and `visplice instruct`: LightningCLI over the two stages."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from visplice.lm.extension import save_extension
+from visplice.train.data.module import ShardData
+from visplice.train.trainer import loggers, parameter_counts, quiet_lightning
+
+# Short names that mean the same in every verb, and what Lightning calls them.
+_ALIASES = {"--seed": "--seed_everything", "--device": "--trainer.accelerator", "--dtype": "--trainer.precision"}
+_PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
+
+
+class StageCLI(LightningCLI):
+    """`fit` and `validate` for one stage; the trained extension is written to `--out`."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        every = LightningCLI.subcommands()
+        return {name: every[name] for name in ("fit", "validate")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--out", type=str, required=True, help="Folder for logs, checkpoints and the extension.")
+        parser.link_arguments("out", "trainer.default_root_dir")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        out = self._get(self.config, "out")
+        return super().instantiate_trainer(logger=loggers(out), **kwargs)
+
+    def before_fit(self) -> None:
+        trainable, frozen = parameter_counts(self.model.model)
+        print(f"{trainable:,} trainable parameters, {frozen:,} frozen")
+
+    def after_fit(self) -> None:
+        if self.trainer.is_global_zero and not self.trainer.interrupted:
+            save_extension(self.model.model, self._get(self.config, "out"), lm=self.model.lm_source)
+            print(f"wrote {Path(self._get(self.config, 'out')) / 'visplice.json'}")
+
+
+def translate(arguments: list[str]) -> list[str]:
+    """Arguments with `--seed`, `--device` and `--dtype` in Lightning's words.
+
+    Raises:
+        ValueError: a dtype that there is no precision for.
+    """
+    words: list[str] = []
+    for argument in (part for raw in arguments for part in _split(raw)):
+        if words and words[-1] == _ALIASES["--dtype"]:
+            if argument not in _PRECISIONS:
+                raise ValueError(f"--dtype is {argument!r}; it is one of {', '.join(_PRECISIONS)}")
+            argument = _PRECISIONS[argument]
+        words.append(_ALIASES.get(argument, argument))
+    return words
+
+
+def _split(argument: str) -> list[str]:
+    name, equals, value = argument.partition("=")
+    return [name, value] if equals and name in _ALIASES else [argument]
+
+
+def run(stage: str, arguments: list[str]) -> None:
+    """Runs `align` or `instruct` with the arguments behind the verb; the shipped config is the default."""
+    quiet_lightning()
+    module: Any
+    if stage == "align":
+        from visplice.train.align import Align as module
+    else:
+        from visplice.train.instruct import Instruct as module
+    config = str(files("visplice.train") / "configs" / f"{stage}.yaml")
+    StageCLI(
+        module,
+        ShardData,
+        seed_everything_default=0,
+        parser_kwargs={
+            "prog": f"visplice {stage}",
+            **{name: {"default_config_files": [config]} for name in ("fit", "validate")},
+        },
+        save_config_kwargs={"overwrite": True},
+        args=translate(arguments),
+    )

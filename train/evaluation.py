@@ -1,0 +1,122 @@
+"""Answers to the questions of a VQAv2 folder, their score, and the controls that show what the picture is worth."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from visplice.lm.generate import Sampling, generate, pad_left
+from visplice.lm.vision_llama import VisionLlama
+from visplice.train.data.shards import read_samples
+from visplice.train.scene_data import ANNOTATIONS_FILE, QUESTIONS_FILE, image_name
+
+SHORT = Sampling(max_new_tokens=8)
+
+
+@dataclass(frozen=True)
+class VqaSet:
+    """Questions and annotations in the official layout, and where the pictures lie."""
+
+    folder: Path
+    questions: list[dict[str, Any]]
+    annotations: list[dict[str, Any]]
+    notes: dict[str, dict[str, Any]]  # image id -> description in words, held_out
+
+    @classmethod
+    def read(cls, folder: Path) -> VqaSet:
+        questions = json.loads((folder / QUESTIONS_FILE).read_text())["questions"]
+        annotations = json.loads((folder / ANNOTATIONS_FILE).read_text())["annotations"]
+        notes = json.loads((folder / "scenes.json").read_text())["scenes"]
+        return cls(folder, questions, annotations, notes)
+
+    @property
+    def image_ids(self) -> list[int]:
+        return list(dict.fromkeys(q["image_id"] for q in self.questions))
+
+    def image_path(self, image_id: int) -> Path:
+        return self.folder / "images" / image_name(image_id)
+
+
+@torch.inference_mode()
+def encode_images(model: VisionLlama, paths: Iterable[Path], batch: int = 64) -> Tensor:
+    """Frozen features `[M, N, d_vision]` of picture files."""
+    paths = list(paths)
+    parts = [model.features(model.pixels(paths[i : i + batch])) for i in range(0, len(paths), batch)]
+    return torch.cat(parts)
+
+
+def _decode(
+    model: VisionLlama, prompts: Sequence[Tensor], embed: Callable[[int, Tensor], Tensor], batch: int, desc: str
+) -> list[str]:
+    """Greedy answers to id sequences; neighbours in length share a batch, so that little is padding."""
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    with torch.inference_mode(), tqdm(total=len(prompts), desc=desc, unit="question", mininterval=1.0) as bar:
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
+            embeddings, lengths = pad_left([embed(i, prompts[i]) for i in chosen])
+            tokens: list[list[int]] = [[] for _ in chosen]
+            for step in generate(model.lm, embeddings, lengths, SHORT, model.prompts.stop_ids):
+                for row, token in zip(tokens, step, strict=True):
+                    if token is not None:
+                        row.append(token)
+            for index, row in zip(chosen, tokens, strict=True):
+                answers[index] = model.tokenizer.decode(row)
+            bar.update(len(chosen))
+    return answers
+
+
+def answer_with_images(
+    model: VisionLlama, vqa: VqaSet, features: Tensor, *, batch: int = 64, desc: str = "answering"
+) -> dict[int, str]:
+    """Question id to answer; `features` `[M, N, d_vision]` in the order of `vqa.image_ids`."""
+    row_of = {image_id: row for row, image_id in enumerate(vqa.image_ids)}
+    prompts = [_prompt(model, "<image>" + q["question"]) for q in vqa.questions]
+
+    def embed(index: int, ids: Tensor) -> Tensor:
+        row = row_of[vqa.questions[index]["image_id"]]
+        return model.embed(ids[None], features[row : row + 1])[0]
+
+    answers = _decode(model, prompts, embed, batch, desc)
+    return {q["question_id"]: a for q, a in zip(vqa.questions, answers, strict=True)}
+
+
+def answer_with_words(model: VisionLlama, vqa: VqaSet, *, batch: int = 64) -> dict[int, str]:
+    """Question id to answer of the decoder alone, the scene given in words where the picture would stand."""
+    prompts = [_prompt(model, q["question"], vqa.notes[str(q["image_id"])]["description"]) for q in vqa.questions]
+    answers = _decode(model, prompts, lambda _, ids: model.lm.tok_embeddings(ids), batch, "reading the scene in words")
+    return {q["question_id"]: a for q, a in zip(vqa.questions, answers, strict=True)}
+
+
+def _prompt(model: VisionLlama, question: str, description: str | None = None) -> Tensor:
+    content: Any = question
+    if description is not None:
+        content = [{"type": "text", "text": description}, {"type": "text", "text": question}]
+    prompt = model.prompts.build([{"role": "user", "content": content}], add_generation_prompt=True)
+    return torch.tensor(prompt.ids, device=model.device)
+
+
+def most_frequent_answers(shards: Sequence[Path], vqa: VqaSet) -> dict[int, str]:
+    """Question id to the answer that training gave most often to the same question text.
+
+    A text that training never asked gets the overall most frequent answer.
+    """
+    counts: dict[str, Counter[str]] = {}
+    for sample in read_samples([str(shard) for shard in shards], shuffle_seed=None):
+        turns = sample.record["conversations"]
+        for human, gpt in zip(turns[::2], turns[1::2], strict=True):
+            text = human["value"].replace("<image>", "").strip()
+            counts.setdefault(text, Counter())[gpt["value"]] += 1
+    overall = sum(counts.values(), Counter()).most_common(1)[0][0]
+    return {
+        q["question_id"]: counts[q["question"]].most_common(1)[0][0] if q["question"] in counts else overall
+        for q in vqa.questions
+    }

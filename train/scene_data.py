@@ -1,0 +1,107 @@
+"""The embedded task on disk: WebDataset shards for training, the official VQAv2 layout for testing."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from visplice.train import scenes
+from visplice.train.data.shards import SCHEMA, Sample, read_manifest, write_json, write_shards
+
+QUESTIONS_FILE = "v2_OpenEnded_scenes_test_questions.json"
+ANNOTATIONS_FILE = "v2_scenes_test_annotations.json"
+NUM_ANSWERS = 10  # VQAv2 asks ten people; here all ten know the scene
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def training_samples(count: int, seed: int, questions: int) -> Iterator[Sample]:
+    """Pictures with a caption for stage 1 and a conversation of several questions for stage 2."""
+    for index in tqdm(range(count), desc="training scenes", unit="scene", mininterval=1.0):
+        rng = random.Random(f"{seed} train {index}")
+        scene = scenes.sample_scene(rng, scenes.TRAIN)
+        turns = [(q.text, q.answer) for q in scenes.ask(scene, rng, questions)]
+        if rng.random() < 0.15:
+            turns[rng.randrange(len(turns))] = (rng.choice(scenes.DESCRIBE), scenes.caption(scene))
+        conversations = []
+        for number, (question, answer) in enumerate(turns):
+            mark = "<image>\n" if number == 0 else ""
+            conversations.append({"from": "human", "value": mark + question})
+            conversations.append({"from": "gpt", "value": answer})
+        record = {"captions": [scenes.caption(scene)], "conversations": conversations}
+        yield Sample(key=f"scene{index:06d}", image=_png(scenes.render(scene, rng)), record=record)
+
+
+def write_training(folder: Path, *, count: int, seed: int, questions: int = 6) -> bool:
+    """Writes the training shards unless they are there, whole and made the same way; says whether it wrote."""
+    source = {"name": "scenes", "split": scenes.TRAIN, "count": count, "seed": seed, "questions": questions}
+    try:
+        if read_manifest(folder)["source"] == source:
+            return False
+    except ValueError:
+        pass
+    write_shards(training_samples(count, seed, questions), folder, source=source)
+    return True
+
+
+def image_name(image_id: int) -> str:
+    """File name of a test picture, after COCO's pattern: data type, data subtype, id of twelve digits."""
+    return f"scenes_test_{image_id:012d}.png"
+
+
+def write_test(folder: Path, *, count: int, seed: int, questions: int = 4) -> bool:
+    """Writes pictures, questions and annotations as VQAv2 does, unless they are there; says whether it wrote.
+
+    Beside them `scenes.json` holds, for every image id, a description in words and whether the scene contains a
+    held-out combination.
+    """
+    source = {"name": "scenes", "split": scenes.TEST, "count": count, "seed": seed, "questions": questions}
+    marker = folder / "scenes.json"
+    try:
+        if json.loads(marker.read_text())["source"] == source:
+            return False
+    except (OSError, ValueError, KeyError):
+        pass
+    marker.unlink(missing_ok=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    asked: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    notes: dict[str, dict[str, Any]] = {}
+    for image_id in tqdm(range(count), desc="test scenes", unit="scene", mininterval=1.0):
+        rng = random.Random(f"{seed} test {image_id}")
+        scene = scenes.sample_scene(rng, scenes.TEST)
+        scenes.render(scene, rng).save(folder / "images" / image_name(image_id))
+        novel = any(scenes.is_held_out(o.color, o.shape, o.region) for o in scene.objects)
+        notes[str(image_id)] = {"description": scenes.description(scene, rng), "held_out": novel}
+        for number, question in enumerate(scenes.ask(scene, rng, questions)):
+            question_id = 1000 * image_id + number
+            asked.append({"image_id": image_id, "question": question.text, "question_id": question_id})
+            answers = [
+                {"answer": question.answer, "answer_confidence": "yes", "answer_id": i + 1} for i in range(NUM_ANSWERS)
+            ]
+            annotations.append(
+                {
+                    "question_id": question_id,
+                    "image_id": image_id,
+                    "question_type": question.question_type,
+                    "answer_type": question.answer_type,
+                    "multiple_choice_answer": question.answer,
+                    "answers": answers,
+                }
+            )
+    head = {"info": {"schema": SCHEMA}, "data_type": "scenes", "data_subtype": "test", "license": {}}
+    write_json(folder / QUESTIONS_FILE, {**head, "task_type": "Open-Ended", "questions": asked})
+    write_json(folder / ANNOTATIONS_FILE, {**head, "annotations": annotations})
+    write_json(marker, {"source": source, "scenes": notes})
+    return True

@@ -1,0 +1,81 @@
+"""From an RGB image to the square of normalised pixels that an encoder was trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+RESIZE_MODES = ("crop", "pad", "squash")
+
+# A picture one pixel wide would be blown up to gigabytes on its way to a small square. Beyond these bounds, which few
+# photographs reach, it is cut or shrunk first; within them the arithmetic is that of the reference.
+_MAX_ASPECT = 32  # crop: long side to short side
+_MAX_SIDE = 10_000  # pad: side of the square before it is shrunk, pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transform:
+    """An RGB PIL image to a tensor [3, image_size, image_size], float32, (x / 255 - mean) / std per channel.
+
+    All resizing is bicubic and antialiased, by Pillow. An image of the right size already is not resampled.
+
+    Raises:
+        ValueError: resize is none of RESIZE_MODES, image_size is not positive, mean or std does not fit three
+            channels; when called, the image is not RGB.
+    """
+
+    image_size: int  # side of the square, pixels
+    resize: str = "crop"  # short side to size and centre crop (CLIP), pad with the mean colour (LLaVA), or squash
+    mean: tuple[float, float, float]  # per channel, 0 to 1
+    std: tuple[float, float, float]  # per channel, 0 to 1
+
+    def __post_init__(self) -> None:
+        if self.resize not in RESIZE_MODES:
+            raise ValueError(f"resize is {self.resize!r}; it is one of {', '.join(RESIZE_MODES)}")
+        if self.image_size < 1:
+            raise ValueError(f"image_size is {self.image_size}; it is a number of pixels")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean is {self.mean} and std {self.std}; each needs three numbers, std above zero")
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        if image.mode != "RGB":
+            raise ValueError(f"the image is of mode {image.mode}, not RGB; visplice.vision.image.open_image gives RGB")
+        if image.size != (self.image_size, self.image_size):
+            resize = {"crop": self._crop, "pad": self._pad, "squash": self._squash}[self.resize]
+            image = resize(image)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        scale = 1 / (255 * torch.tensor(self.std).view(3, 1, 1))
+        offset = (torch.tensor(self.mean) / torch.tensor(self.std)).view(3, 1, 1)
+        return pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(scale).sub_(offset)
+
+    def _crop(self, image: Image.Image) -> Image.Image:
+        short, long = sorted(image.size)
+        if long > _MAX_ASPECT * short:
+            image = _centre(image, min(image.width, _MAX_ASPECT * short), min(image.height, _MAX_ASPECT * short))
+            long = _MAX_ASPECT * short
+        size = self.image_size
+        long = int(size * long / short)
+        image = image.resize((size, long) if image.width <= image.height else (long, size), Image.Resampling.BICUBIC)
+        return _centre(image, size, size)
+
+    def _pad(self, image: Image.Image) -> Image.Image:
+        side = max(image.size)
+        if side > _MAX_SIDE:
+            width, height = (max(1, round(length * _MAX_SIDE / side)) for length in image.size)
+            image, side = image.resize((width, height), Image.Resampling.BICUBIC), _MAX_SIDE
+        square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in self.mean))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return self._squash(square)
+
+    def _squash(self, image: Image.Image) -> Image.Image:
+        return image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+
+
+def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
+    # Halves round to even, as torchvision's centre crop does.
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
