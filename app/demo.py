@@ -22,7 +22,7 @@ from visplice.lm.extension import EMBEDDED, load_extension
 from visplice.lm.vision_llama import VisionLlama
 from visplice.train import vqa_metric
 from visplice.train.align import Align
-from visplice.train.backbones import VISION
+from visplice.train.backbone_vision import VISION
 from visplice.train.data.module import ShardData
 from visplice.train.data.shards import write_json
 from visplice.train.evaluation import (
@@ -264,10 +264,12 @@ def main(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
+    if not args.no_serve:
+        from visplice.app.chat import check_port, serve
+
+        check_port("127.0.0.1", args.port)  # a port in use is said now, not after the training
     report, model = run(out, plan=Plan(seed=args.seed), device=pick_device(args.device), ablate=args.ablate)
     print(f"\n{table(report)}\n\nreport: {out / 'report.json'}, figures: {out / 'figures'}, model: {out / 'instruct'}")
     if not args.no_serve:
-        from visplice.app.chat import serve
-
-        serve(model, port=args.port)
+        serve(model, title="visplice demo", port=args.port)
     return 0

@@ -59,10 +59,12 @@ def read_config(folder: str | Path) -> LlamaConfig:
     file = Path(folder) / "config.json"
     try:
         raw: dict[str, Any] = json.loads(file.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{file}: no such file; a LLaMA folder holds config.json and model.safetensors") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: not a JSON object but {type(raw).__name__}")
     if raw.get("model_type") != "llama":
         raise ValueError(f"{file}: model_type is {raw.get('model_type')!r}; only 'llama' can be read")
     rope = raw.get("rope_parameters") or {}
@@ -79,7 +81,9 @@ def read_config(folder: str | Path) -> LlamaConfig:
     if missing:
         raise ValueError(f"{file}: lacks {', '.join(missing)}")
     values = {ours: raw[theirs] for ours, theirs in _FIELDS.items() if raw.get(theirs) is not None}
+    # What transformers takes these for when the file leaves them out.
     values.setdefault("num_kv_heads", values["num_heads"])
+    values.setdefault("norm_eps", 1e-6)
     return LlamaConfig(**values)
 
 

@@ -136,6 +136,9 @@ def load_extension(
         raise ValueError(f"{file}: holds {found}, but the fields are {sorted(fields)}")
     if raw["format"] != FORMAT:
         raise ValueError(f"{file}: format {raw['format']!r} was written by another version; this one reads {FORMAT}")
+    for name, kind in (("lm", str), ("template", str), ("fingerprint", dict)):
+        if not isinstance(raw[name], kind):
+            raise ValueError(f"{file}: {name} is {raw[name]!r}, which is no {kind.__name__}")
     try:
         encoder_config, projector_config = EncoderConfig(**raw["encoder"]), ProjectorConfig(**raw["projector"])
     except TypeError as error:

@@ -93,7 +93,8 @@ def generate(
     hidden = model.hidden(embeddings, positions=positions, mask=mask, cache=cache, slots=slots[:width])
     logits = model.logits(hidden[:, -1].contiguous())
 
-    seed = torch.seed() if sampling.seed is None else sampling.seed
+    # A generator's own seed(): torch.seed() would reseed the random numbers of everyone else.
+    seed = torch.Generator().seed() if sampling.seed is None else sampling.seed
     generators = [torch.Generator(device=device).manual_seed(seed) for _ in range(batch)]
     ended = [False] * batch
     for step in range(sampling.max_new_tokens):

@@ -35,7 +35,7 @@ class VisionLlama(nn.Module):
             ("the decoder", projector.config.d_lm, lm.config.dim),
         ):
             if ours != theirs:
-                raise ValueError(f"the projector was made for width {ours}, but {what} have width {theirs}")
+                raise ValueError(f"the projector was made for width {ours}, but that of {what} is {theirs}")
         self.encoder, self.projector = encoder, projector
         self.lm = lm.requires_grad_(False).eval()
         self.tokenizer = tokenizer
@@ -107,11 +107,11 @@ class VisionLlama(nn.Module):
             return []
         conversations = []
         for number, (prompt, given) in enumerate(zip(prompts, images, strict=True), 1):
-            own = list(given) if isinstance(given, list | tuple) else [given]
+            own: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
             name = "prompt" if len(prompts) == 1 else f"prompt {number}"
             conversations.append([user_message(prompt, own, name=name)])
         answers: list[list[int]] = [[] for _ in conversations]
-        for step in self._steps(conversations, sampling or Sampling(**options)):
+        for step in self._steps(conversations, _one_sampling(sampling, options)):
             for row, token in zip(answers, step, strict=True):
                 if token is not None:
                     row.append(token)
@@ -126,7 +126,7 @@ class VisionLlama(nn.Module):
     ) -> Iterator[str]:
         """`chat`, in pieces of complete characters as they are made."""
         decoder = StreamDecoder(self.tokenizer)
-        for step in self._steps([messages], sampling or Sampling(**options)):
+        for step in self._steps([messages], _one_sampling(sampling, options)):
             assert step[0] is not None
             if piece := decoder.push(step[0]):
                 yield piece
@@ -166,6 +166,12 @@ class VisionLlama(nn.Module):
             else:
                 rows.append(self.embed(ids, features[picked])[0])
         return rows
+
+
+def _one_sampling(sampling: Sampling | None, options: Mapping[str, Any]) -> Sampling:
+    if sampling is not None and options:
+        raise TypeError(f"sampling was given and {', '.join(options)} beside it; give one or the other")
+    return sampling or Sampling(**options)
 
 
 def user_message(text: str, images: Sequence[Source], *, name: str = "prompt") -> dict[str, Any]:

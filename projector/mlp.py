@@ -54,15 +54,15 @@ class Projector(nn.Module):
         if not 0 < found < float("inf"):
             raise ValueError(f"projected tokens have root-mean-square {found}; the projector is zero or not finite")
         factor = target / found
-        self.linear_2.weight *= factor
-        self.linear_2.bias *= factor
+        self.linear_2.weight.mul_(factor)
+        self.linear_2.bias.mul_(factor)
         return factor
 
     @torch.no_grad()
     def calibrate(self, features: Tensor, target: float) -> None:
         """Gives the sentinels and the tokens of a fresh projector the scale of text embeddings."""
         self.fold_scale(features, target)
-        self.sentinels *= target / rms(self.sentinels)
+        self.sentinels.mul_(target / rms(self.sentinels))
 
 
 def rms(x: Tensor) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from visplice.lm.extension import save_extension
 from visplice.train.data.module import ShardData
@@ -27,11 +28,10 @@ class StageCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--out", type=str, required=True, help="Folder for logs, checkpoints and the extension.")
-        parser.link_arguments("out", "trainer.default_root_dir")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        out = self._get(self.config, "out")
-        return super().instantiate_trainer(logger=loggers(out), **kwargs)
+        out = self._get(self.config, "out")  # no link_arguments: jsonargparse checks a link before `out` has a value
+        return super().instantiate_trainer(logger=loggers(out), default_root_dir=out, **kwargs)
 
     def before_fit(self) -> None:
         trainable, frozen = parameter_counts(self.model.model)
@@ -50,12 +50,15 @@ def translate(arguments: list[str]) -> list[str]:
         ValueError: a dtype that there is no precision for.
     """
     words: list[str] = []
+    before = ""  # the argument in front, as it was typed
     for argument in (part for raw in arguments for part in _split(raw)):
-        if words and words[-1] == _ALIASES["--dtype"]:
+        if before == "--dtype":
             if argument not in _PRECISIONS:
                 raise ValueError(f"--dtype is {argument!r}; it is one of {', '.join(_PRECISIONS)}")
-            argument = _PRECISIONS[argument]
-        words.append(_ALIASES.get(argument, argument))
+            words.append(_PRECISIONS[argument])
+        else:
+            words.append(_ALIASES.get(argument, argument))
+        before = argument
     return words
 
 
@@ -65,7 +68,11 @@ def _split(argument: str) -> list[str]:
 
 
 def run(stage: str, arguments: list[str]) -> None:
-    """Runs `align` or `instruct` with the arguments behind the verb; the shipped config is the default."""
+    """Runs `align` or `instruct` with the arguments behind the verb; the shipped config is the default.
+
+    Raises:
+        ValueError: arguments that do not go together or ask for what this machine does not have.
+    """
     quiet_lightning()
     module: Any
     if stage == "align":
@@ -73,14 +80,17 @@ def run(stage: str, arguments: list[str]) -> None:
     else:
         from visplice.train.instruct import Instruct as module
     config = str(files("visplice.train") / "configs" / f"{stage}.yaml")
-    StageCLI(
-        module,
-        ShardData,
-        seed_everything_default=0,
-        parser_kwargs={
-            "prog": f"visplice {stage}",
-            **{name: {"default_config_files": [config]} for name in ("fit", "validate")},
-        },
-        save_config_kwargs={"overwrite": True},
-        args=translate(arguments),
-    )
+    try:
+        StageCLI(
+            module,
+            ShardData,
+            seed_everything_default=0,
+            parser_kwargs={
+                "prog": f"visplice {stage}",
+                **{name: {"default_config_files": [config]} for name in ("fit", "validate")},
+            },
+            save_config_kwargs={"overwrite": True},
+            args=translate(arguments),
+        )
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error

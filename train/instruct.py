@@ -47,11 +47,12 @@ class Instruct(FrozenBackbones, L.LightningModule):
             raise ValueError(
                 f"model.max_length is {max_length}, but the decoder has {llama.config.max_seq_len} positions"
             )
-        fresh = Projector(ProjectorConfig(d_vision=vision.dim, d_lm=llama.config.dim, hidden=hidden))
-        self.model = VisionLlama(vision, fresh, llama, tokenizer, template_named(template))
         self._calibrated = aligned is not None
         if aligned is not None:
-            self.model.projector = load_extension(aligned).projector
+            projector = load_extension(aligned).projector
+        else:
+            projector = Projector(ProjectorConfig(d_vision=vision.dim, d_lm=llama.config.dim, hidden=hidden))
+        self.model = VisionLlama(vision, projector, llama, tokenizer, template_named(template))
         self.preparer = InstructPreparer(
             transform=vision.transform,
             prompts=self.model.prompts,

@@ -43,10 +43,12 @@ class OptimConfig:
 
 def configure(module: L.LightningModule, config: OptimConfig) -> dict[str, Any]:
     """Optimizer over the trainable parameters alone; only matrices of the projector are decayed."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in trainable.items() if name.endswith(".weight")]  # the sentinels are vectors, stacked
+    others = [p for name, p in trainable.items() if not name.endswith(".weight")]
     groups = [
-        {"params": [p for p in trainable if p.dim() == 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.dim() != 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
     steps = int(module.trainer.estimated_stepping_batches)

@@ -83,7 +83,7 @@ def write_test(folder: Path, *, count: int, seed: int, questions: int = 4) -> bo
         scene = scenes.sample_scene(rng, scenes.TEST)
         scenes.render(scene, rng).save(folder / "images" / image_name(image_id))
         novel = any(scenes.is_held_out(o.color, o.shape, o.region) for o in scene.objects)
-        notes[str(image_id)] = {"description": scenes.description(scene, rng), "held_out": novel}
+        notes[str(image_id)] = {"description": scenes.describe(scene, rng).text, "held_out": novel}
         for number, question in enumerate(scenes.ask(scene, rng, questions)):
             question_id = 1000 * image_id + number
             asked.append({"image_id": image_id, "question": question.text, "question_id": question_id})

@@ -38,6 +38,9 @@ POSITIONS = ("top left", "top", "top right", "left", "center", "right", "bottom 
 
 TRAIN, TEST = "train", "test"
 
+# What an object is told by, and how many values each has; `attributes` gives the indices in this order.
+NUM_ATTRIBUTES = {"color": len(COLORS), "shape": len(SHAPES), "size": len(SIZES), "region": len(POSITIONS)}
+
 
 @dataclass(frozen=True)
 class SceneObject:
@@ -64,6 +67,11 @@ class SceneObject:
         return self.region // 3
 
 
+def attributes(item: SceneObject) -> list[int]:
+    """Indices of an object's colour, shape, size and region."""
+    return [list(COLORS).index(item.color), SHAPES.index(item.shape), list(SIZES).index(item.size), item.region]
+
+
 @dataclass(frozen=True)
 class Scene:
     """Objects in drawing order (later ones lie on top) on a background."""
@@ -80,6 +88,7 @@ class Question:
     answer: str
     question_type: str  # color, shape, count, existence, position or comparison
     answer_type: str  # yes/no, number or other
+    about: SceneObject | None = None  # the one object that is asked about, if it is one
 
 
 def is_held_out(color: str, shape: str, region: int) -> bool:
@@ -208,18 +217,35 @@ _OBJECT_WORDINGS: tuple[Callable[[SceneObject], str], ...] = (
 _BACKGROUND_WORDINGS = ("on a {} background", "the background is {}", "background {}")
 
 
-def description(scene: Scene, rng: random.Random, *, variety: float = 1.0) -> str:
+@dataclass(frozen=True)
+class Description:
+    """A scene in words, and which characters tell of which object."""
+
+    text: str
+    spans: tuple[tuple[int, int, SceneObject], ...]  # begin, end, object
+
+
+def describe(scene: Scene, rng: random.Random, *, variety: float = 1.0) -> Description:
     """The whole scene in words, where the picture will stand; in many orders and wordings.
 
     `variety` from 0 to 1 is the share of the wordings in use.
     """
-    objects = list(scene.objects)
-    rng.shuffle(objects)
+    parts: list[SceneObject | None] = list(scene.objects)
+    rng.shuffle(parts)
+    parts.insert(rng.choice((0, len(parts))), None)  # the background stands first or last
     wordings = _OBJECT_WORDINGS[: max(1, round(variety * len(_OBJECT_WORDINGS)))]
     one_wording = rng.choice(wordings) if rng.random() < 0.5 else None
-    parts = [(one_wording or rng.choice(wordings))(o) for o in objects]
-    parts.insert(rng.choice((0, len(parts))), rng.choice(_BACKGROUND_WORDINGS).format(scene.background))
-    return rng.choice((". ", "; ", ", and ", ", ")).join(parts) + "."
+    separator = rng.choice((". ", "; ", ", and ", ", "))
+    text, spans = "", []
+    for number, item in enumerate(parts):
+        text += separator if number else ""
+        begin = len(text)
+        if item is None:
+            text += rng.choice(_BACKGROUND_WORDINGS).format(scene.background)
+        else:
+            text += (one_wording or rng.choice(wordings))(item)
+            spans.append((begin, len(text), item))
+    return Description(text + ".", tuple(spans))
 
 
 def facts(scene: Scene, rng: random.Random, count: int) -> str:
@@ -273,8 +299,8 @@ def _ask_color(scene: Scene, rng: random.Random) -> Question | None:
         if sum(o.shape == item.shape for o in scene.objects) > 1:
             return None
         wording = rng.choice(("What color is the {}?", "Which color is the {}?", "What is the color of the {}?"))
-        return Question(wording.format(item.shape), item.color, "color", "other")
-    return Question(f"What color is the shape {at(item.position)}?", item.color, "color", "other")
+        return Question(wording.format(item.shape), item.color, "color", "other", item)
+    return Question(f"What color is the shape {at(item.position)}?", item.color, "color", "other", item)
 
 
 def _ask_shape(scene: Scene, rng: random.Random) -> Question | None:
@@ -283,9 +309,9 @@ def _ask_shape(scene: Scene, rng: random.Random) -> Question | None:
         if sum(o.color == item.color for o in scene.objects) > 1:
             return None
         wording = rng.choice(("Which shape is {}?", "What shape is the {} one?"))
-        return Question(wording.format(item.color), item.shape, "shape", "other")
+        return Question(wording.format(item.color), item.shape, "shape", "other", item)
     wording = rng.choice(("What shape is {}?", "Which shape is {}?"))
-    return Question(wording.format(at(item.position)), item.shape, "shape", "other")
+    return Question(wording.format(at(item.position)), item.shape, "shape", "other", item)
 
 
 def _ask_count(scene: Scene, rng: random.Random) -> Question | None:
@@ -339,7 +365,7 @@ def _ask_position(scene: Scene, rng: random.Random) -> Question | None:
     reference = _reference(scene, item, rng)
     if reference is None:
         return None
-    return Question(f"Where is the {reference}?", item.position, "position", "other")
+    return Question(f"Where is the {reference}?", item.position, "position", "other", item)
 
 
 def _ask_comparison(scene: Scene, rng: random.Random) -> Question | None:

@@ -51,7 +51,7 @@ def fit(
         callbacks=[StepProgressBar(name, max_steps)],
         enable_checkpointing=False,
         enable_model_summary=False,
-        log_every_n_steps=10,
+        log_every_n_steps=max(1, min(10, max_steps // 10)),
         default_root_dir=out,
     )
     trainer.fit(module, data)
@@ -95,5 +95,13 @@ def quiet_lightning() -> None:
     """Leaves out Lightning's greetings and the hints that do not apply to a demo on a laptop."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for hint in (".*does not have many workers.*", ".*across ranks.*", ".*litlogger.*", ".*IterableDataset.*__len__.*"):
+    for hint in (
+        ".*does not have many workers.*",
+        ".*across ranks.*",
+        ".*litlogger.*",
+        ".*IterableDataset.*__len__.*",
+        ".*LightningCLI's args parameter.*",
+        ".*in eval mode at the start.*",
+        ".*LeafSpec.*",
+    ):
         warnings.filterwarnings("ignore", hint)

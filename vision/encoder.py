@@ -57,7 +57,7 @@ def _refuse_wrong_activation(name: str) -> None:
         raise ValueError(f"encoder.model {name} runs GELU, but its weights were trained with QuickGELU; use {quick}")
 
 
-def build_vit(config: EncoderConfig, *, pretrained: bool = False) -> nn.Module:
+def build_vit(config: EncoderConfig, *, pretrained: bool = False) -> Any:
     """The timm model, without a classification head.
 
     Raises:
@@ -68,9 +68,8 @@ def build_vit(config: EncoderConfig, *, pretrained: bool = False) -> nn.Module:
 
     if not timm.is_model(config.model.split(".")[0]):
         raise ValueError(f"encoder.model {config.model!r} is unknown to timm; timm.list_models('vit*') lists the names")
-    model = timm.create_model(
-        config.model, pretrained=pretrained, num_classes=0, img_size=config.image_size, **config.overrides
-    )
+    arguments: dict[str, Any] = {"num_classes": 0, "img_size": config.image_size, **config.overrides}
+    model: Any = timm.create_model(config.model, pretrained=pretrained, **arguments)
     patch = model.patch_embed.patch_size[0]
     if config.image_size % patch:
         raise ValueError(f"encoder.image_size {config.image_size} is not a multiple of the patch size {patch}")
@@ -88,7 +87,7 @@ class VisionEncoder(nn.Module):
         """
         super().__init__()
         self.config = config
-        self.vit: Any = build_vit(config, pretrained=config.weights == "pretrained")
+        self.vit = build_vit(config, pretrained=config.weights == "pretrained")
         if config.weights == "embedded":
             _load_strictly(self.vit, Path(str(files("visplice.vision"))) / "weights" / "encoder.safetensors")
         elif config.weights not in (None, "pretrained"):

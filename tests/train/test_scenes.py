@@ -118,7 +118,7 @@ def test_caption_names_every_object_in_reading_order() -> None:
 def test_description_and_facts_are_true() -> None:
     rng = random.Random(0)
     for _ in range(100):
-        text = scenes.description(SCENE, rng)
+        text = scenes.describe(SCENE, rng).text
         for word in ("red", "blue", "circle", "square", "star", "gray", "top left", "bottom right", "center", "small"):
             assert word in text
         told = scenes.facts(SCENE, rng, 99)

@@ -35,7 +35,7 @@ class ShardDataset(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         seed = None if self._seed is None else hash((self._seed, self.epoch))
-        rng, skipped = random.Random(seed), 0
+        rng, skipped = random.Random(seed or 0), 0  # validation draws the same captions every time
         for sample in read_samples(self.files, shuffle_seed=seed):
             try:
                 row = self._preparer(sample, rng)
@@ -84,7 +84,8 @@ class ShardData(L.LightningDataModule):
 
     def _loader(self, folder: Path, *, train: bool) -> DataLoader:
         assert self.trainer is not None
-        preparer = self.trainer.lightning_module.preparer
+        module: Any = self.trainer.lightning_module
+        preparer = module.preparer
         seed = self.seed if train else None
         dataset = ShardDataset(folder, preparer, seed=seed, max_skipped=self.max_skipped)
         if train and len(dataset) < self.batch_size:

@@ -63,7 +63,10 @@ class InstructPreparer:
         messages = llava_messages(sample)
         num_images = int(sample.image is not None)
         # Whole turns are dropped from the back until the rest fits; nothing is cut inside a block or an answer.
-        prompt = self.prompts.build(messages)
+        try:
+            prompt = self.prompts.build(messages)
+        except ValueError as error:
+            raise SkippedSample(f"sample {sample.key}: {error}") from error
         dropped = 0
         while len(prompt.ids) > self.max_length:
             dropped += 1
@@ -73,7 +76,10 @@ class InstructPreparer:
                     f"sample {sample.key} needs more than max_length {self.max_length} positions for its first turn"
                 )
             prompt = self.prompts.build(messages)
-        check_slots(prompt.ids, self.prompts.visual, num_images, sample=f"sample {sample.key}")
+        try:
+            check_slots(prompt.ids, self.prompts.visual, num_images, sample=f"sample {sample.key}")
+        except ValueError as error:
+            raise SkippedSample(str(error)) from error
         pixels = [self.transform(open_image(sample.image))] if sample.image is not None else []
         return {"key": sample.key, "pixels": pixels, "ids": prompt.ids, "labels": prompt.labels, "dropped": dropped}
 
@@ -114,6 +120,7 @@ def llava_messages(sample: Sample) -> list[dict[str, Any]]:
                 f"sample {sample.key} has a turn that is not {{'from': 'human' | 'gpt', 'value': text}}"
             )
         messages.append({"role": role, "content": turn["value"]})
+    del messages[len(messages) // 2 * 2 :]  # a question that nobody answered teaches nothing
     marked = any("<image>" in message["content"] for message in messages if message["role"] == "user")
     if sample.image is not None and not marked:
         messages[0]["content"] = "<image>" + messages[0]["content"]

@@ -42,6 +42,9 @@ def write_shards(
     """Writes samples to `shard-000000.tar`, ... and the manifest.
 
     Shards and manifest are written beside their place and renamed; the same samples give the same bytes.
+
+    Raises:
+        ValueError: a key has a dot behind its last slash, where WebDataset would end it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,6 +70,8 @@ def write_shards(
         pending.clear()
 
     for sample in samples:
+        if "." in sample.key.rpartition("/")[2]:
+            raise ValueError(f"sample key {sample.key!r} holds a dot, where WebDataset would end it")
         pending.append(sample)
         if len(pending) == per_shard:
             flush()
@@ -99,12 +104,18 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
         raise ValueError(f"{file}: schema is {found!r}; this version reads {SCHEMA}")
-    for shard in manifest["shards"]:
-        path = file.parent / shard["name"]
+    try:
+        expected = {file.parent / shard["name"]: shard["bytes"] for shard in manifest["shards"]}
+        complete = {"source", "samples"} <= manifest.keys()
+    except (KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise ValueError(f"{file}: lacks source, samples, or shards with name and bytes; make the data set again")
+    for path, length in expected.items():
         size = path.stat().st_size if path.is_file() else None
-        if size != shard["bytes"]:
+        if size != length:
             what = "missing" if size is None else f"{size} bytes long"
-            raise ValueError(f"{path}: {what}, the manifest says {shard['bytes']} bytes; make the data set again")
+            raise ValueError(f"{path}: {what}, the manifest says {length} bytes; make the data set again")
     return manifest
 
 

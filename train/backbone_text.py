@@ -1,0 +1,211 @@
+"""The text backbone of the embedded default: a small LLaMA that reads descriptions of scenes and answers questions.
+
+It sees text only. Beside the answers it is taught, by heads that are thrown away, which words belong together: behind
+the last word of a phrase the attributes of the object, and where an answer begins those of the object it is about.
+From answers alone, that binding stays out of reach for hours; said outright, it is there after minutes.
+"""
+
+import itertools
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import torch.nn.functional as F
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+
+from visplice.lm.checkpoint import save_llama
+from visplice.lm.config import LlamaConfig
+from visplice.lm.decoder import Llama, rotary
+from visplice.lm.prompt import IGNORE, TURNS, PromptBuilder, VisualTokens
+from visplice.lm.tokenizer import Tokenizer
+from visplice.train import scenes
+from visplice.train.backbone_optim import optimizers, schedule, step_all
+
+TEXT_STEPS = 3200
+TEXT_SHAPE = {"dim": 256, "num_layers": 5, "num_heads": 8, "num_kv_heads": 4, "ffn_dim": 512}
+CONTROLS = ("<|pad|>", "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>")
+
+
+def build_tokenizer(path: Path, seed: int) -> Tokenizer:
+    """A byte-level BPE over the task's words, written as `tokenizer.json`; any other text falls apart into bytes."""
+    rng = random.Random(seed)
+
+    def corpus() -> Iterator[str]:
+        for _ in range(20_000):
+            scene = scenes.sample_scene(rng, scenes.TRAIN)
+            yield scenes.describe(scene, rng).text
+            yield scenes.caption(scene)
+            for question in scenes.ask(scene, rng, 6):
+                yield question.text
+                yield question.answer
+            yield scenes.facts(scene, rng, 10)
+        for text in (*scenes.DESCRIBE, scenes.TELL):
+            yield from [text] * 200
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    # A word gets the same id at the start of a text and inside it.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(content=" ", left=1, right=0)])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        min_frequency=200,
+        initial_alphabet=sorted(alphabet),
+        special_tokens=list(CONTROLS),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus(), trainer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(path))
+    return Tokenizer(path)
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Sequences of a description and questions about it, with what the reader must know where."""
+
+    ids: Tensor  # [B, S]
+    labels: Tensor  # [B, S], answers and their end
+    objects: Tensor  # [B, S, 4], behind an object's last word: its attributes, else IGNORE
+    asked: Tensor  # [B, S, 4], where an answer about one object begins: that object's attributes, else IGNORE
+
+
+class TextBatches:
+    """Endless batches; every sequence is filled up with questions about its scene."""
+
+    def __init__(self, tokenizer: Tokenizer, seed: int, batch: int, width: int, easy: int) -> None:
+        self._builder = PromptBuilder(tokenizer, TURNS, VisualTokens(vocab_size=tokenizer.vocab_size, count=0))
+        self._pad, self._assistant = tokenizer.control("<|pad|>"), tokenizer.control("<|assistant|>")
+        self._rng, self._batch, self._width, self._easy = random.Random(seed), batch, width, easy
+
+    def _sequence(self, ease: float) -> tuple[list[int], list[int], dict[int, list[int]], dict[int, list[int]]]:
+        rng, encode = self._rng, self._builder.tokenizer.encode
+        scene = scenes.sample_scene(rng, scenes.TRAIN, most=round(4 - 2 * ease))
+        told = scenes.describe(scene, rng, variety=1 - ease)
+        turns: list[tuple[str, str, scenes.SceneObject | None]] = [
+            (q.text, q.answer, q.about) for q in scenes.ask(scene, rng, 12)
+        ]
+        if rng.random() < 0.15:
+            turns.insert(rng.randrange(3), (rng.choice(scenes.DESCRIBE), scenes.caption(scene), None))
+        if rng.random() < 0.15:
+            turns.insert(rng.randrange(3), (scenes.TELL, scenes.facts(scene, rng, 8), None))
+        messages: list[dict[str, Any]] = []
+        ids: list[int] = []
+        labels: list[int] = []
+        for question, answer, _ in turns:
+            texts = [question] if messages else [told.text, question]
+            parts = [{"type": "text", "text": text} for text in texts]
+            messages += [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
+            prompt = self._builder.build(messages)
+            if len(prompt.ids) > self._width:
+                break
+            ids, labels = prompt.ids, prompt.labels
+        # Begin and user tokens stand in front; words never merge over a span's end, so prefixes count its tokens.
+        objects = {1 + len(encode(told.text[:end])): scenes.attributes(item) for _, end, item in told.spans}
+        starts = [position for position, token in enumerate(ids) if token == self._assistant]
+        asked = {
+            start: scenes.attributes(turn[2]) for start, turn in zip(starts, turns, strict=False) if turn[2] is not None
+        }
+        return ids, labels, objects, asked
+
+    def __iter__(self) -> Iterator[TextBatch]:
+        # Few objects in one wording first: which words belong together is learnt there, and then carries over.
+        for number in itertools.count():
+            ease = max(0.0, 1 - number / self._easy)
+            shape = (self._batch, self._width)
+            ids, labels = torch.full(shape, self._pad), torch.full(shape, IGNORE)
+            objects, asked = torch.full((*shape, 4), IGNORE), torch.full((*shape, 4), IGNORE)
+            for row in range(self._batch):
+                row_ids, row_labels, row_objects, row_asked = self._sequence(ease)
+                ids[row, : len(row_ids)] = torch.tensor(row_ids)
+                labels[row, : len(row_labels)] = torch.tensor(row_labels)
+                for target, known in ((objects, row_objects), (asked, row_asked)):
+                    for position, values in known.items():
+                        target[row, position] = torch.tensor(values)
+            yield TextBatch(ids, labels, objects, asked)
+
+
+class AttributeHeads(nn.Module):
+    """Linear readers of an object's four attributes from the stream; thrown away after training."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width)
+        self.heads = nn.ModuleList(nn.Linear(width, size) for size in scenes.NUM_ATTRIBUTES.values())
+
+    def forward(self, stream: Tensor, known: Tensor) -> Tensor:
+        """Mean cross-entropy over the positions of `stream` `[B, S, D]` where `known` `[B, S, 4]` says something."""
+        rows = known[..., 0] != IGNORE
+        hidden, wanted = self.norm(stream[rows]), known[rows]
+        return torch.stack([F.cross_entropy(head(hidden), wanted[:, i]) for i, head in enumerate(self.heads)]).mean()
+
+
+def init_llama(model: Llama) -> None:
+    """Normal weights of 0.02, smaller where a layer writes into the stream (GPT-2)."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            writes = name.endswith(("wo.weight", "w2.weight"))
+            nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * model.config.num_layers) if writes else 1.0))
+
+
+def train_text(out: Path, *, steps: int, seed: int, batch: int = 12, width: int = 192, compiled: bool = False) -> None:
+    """Trains the small LLaMA and writes it, with its tokenizer, to `out`."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(out / "tokenizer.json", seed)
+    config = LlamaConfig(vocab_size=tokenizer.vocab_size, max_seq_len=1024, tie_embeddings=True, **TEXT_SHAPE)
+    model = Llama(config)
+    init_llama(model)
+    print(f"vocabulary {config.vocab_size}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    heads = nn.ModuleDict({"objects": AttributeHeads(config.dim), "asked": AttributeHeads(config.dim)})
+    named = [*model.named_parameters(), *heads.named_parameters(prefix="heads")]
+    hidden = [p for n, p in named if p.dim() == 2 and n.startswith("layers.")]
+    others = [p for n, p in named if not (p.dim() == 2 and n.startswith("layers."))]
+    optimizer_list = optimizers(hidden, others, lr=0.01)
+
+    def streams(embeddings: Tensor) -> list[Tensor]:
+        """The stream behind every layer."""
+        positions = torch.arange(embeddings.shape[1]).expand(embeddings.shape[:2])
+        cos, sin = rotary(positions, config, embeddings.dtype)
+        taps = [embeddings]
+        for layer in model.layers:
+            taps.append(layer(taps[-1], cos, sin, None, None, 0, None))
+        return taps
+
+    run = torch.compile(streams, dynamic=False) if compiled else streams
+    started, pad = time.time(), tokenizer.control("<|pad|>")
+    batches = TextBatches(tokenizer, seed + 1, batch, width, easy=max(1, steps // 5))
+    for step, drawn in zip(range(steps), batches, strict=False):
+        share = schedule(step, steps)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=compiled):
+            embeddings = model.tok_embeddings(drawn.ids)
+            # Noise on the embeddings (Jain et al., "NEFTune", 2023) makes the reader forgiving.
+            embeddings = embeddings + embeddings.detach().std() * 0.1 * torch.randn_like(embeddings)
+            taps = run(embeddings)
+            logits = model.logits(taps[-1][:, :-1]).float()
+        targets, answers = drawn.ids[:, 1:], drawn.labels[:, 1:]
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        supervised = answers != IGNORE
+        text = (targets != pad) & ~supervised
+        # Which words belong together is hard to find from answers alone; said outright, it is learnt in minutes.
+        binding = heads["objects"](taps[2].float(), drawn.objects)
+        finding = heads["asked"](taps[4].float(), drawn.asked)
+        loss = losses[supervised].mean() + 0.1 * losses[text].mean() + binding + finding
+        loss.backward()
+        step_all(optimizer_list, share)
+        if step % 100 == 0 or step == steps - 1:
+            right = (logits.argmax(-1) == answers)[supervised].float().mean().item()
+            print(
+                f"step {step} answers {losses[supervised].mean().item():.4f} text {losses[text].mean().item():.4f} "
+                f"binding {binding.item():.3f} finding {finding.item():.3f} right {right:.4f} "
+                f"{time.time() - started:.0f}s",
+                flush=True,
+            )
+        if step % 500 == 499 or step == steps - 1:
+            save_llama(model, out, dtype=torch.float16)
