@@ -48,10 +48,10 @@ class Plan:
     test_scenes: int = 400
     questions: int = 6  # behind one training picture
     hidden: int = 256  # width inside the projector
-    align_steps: int = 120
+    align_steps: int = 80
     align_batch: int = 64
     align_lr: float = 2e-3
-    instruct_steps: int = 600
+    instruct_steps: int = 240
     instruct_batch: int = 32
     instruct_lr: float = 3e-3
 

@@ -8,7 +8,7 @@ Neither ever sees a combination of colour, shape and position that `visplice.tra
 import argparse
 from pathlib import Path
 
-from visplice.train.backbone_text import TEXT_STEPS, train_text
+from visplice.train.backbone_text import PRACTICE_STEPS, TEXT_STEPS, train_text
 from visplice.train.backbone_vision import VISION_STEPS, train_vision
 
 
@@ -22,6 +22,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--text-steps", type=int, default=TEXT_STEPS, help="default: %(default)s")
+    parser.add_argument("--practice-steps", type=int, default=PRACTICE_STEPS, help="default: %(default)s")
     parser.add_argument("--vision-steps", type=int, default=VISION_STEPS, help="default: %(default)s")
     parser.add_argument(
         "--compile", action="store_true", help="compile, and multiply in bfloat16: needs a C++ compiler"
@@ -30,7 +31,13 @@ def main() -> None:
     if args.part in ("vision", "both"):
         train_vision(args.out / "vision", steps=args.vision_steps, seed=args.seed, compiled=args.compile)
     if args.part in ("text", "both"):
-        train_text(args.out / "lm", steps=args.text_steps, seed=args.seed, compiled=args.compile)
+        train_text(
+            args.out / "lm",
+            steps=args.text_steps,
+            practice_steps=args.practice_steps,
+            seed=args.seed,
+            compiled=args.compile,
+        )
 
 
 if __name__ == "__main__":

@@ -57,9 +57,9 @@ def configure(module: L.LightningModule, config: OptimConfig) -> dict[str, Any]:
 
 
 def log_learning_rate(module: L.LightningModule) -> None:
-    optimizer = module.optimizers()
-    assert isinstance(optimizer, torch.optim.Optimizer | object)
-    module.log("train/lr", optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
+    """Logs the rate of the step that is being taken."""
+    optimizer: Any = module.optimizers()
+    module.log("train/lr", optimizer.param_groups[0]["lr"])
 
 
 def checksum(module: nn.Module) -> str:

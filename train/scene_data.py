@@ -32,8 +32,10 @@ def training_samples(count: int, seed: int, questions: int) -> Iterator[Sample]:
         rng = random.Random(f"{seed} train {index}")
         scene = scenes.sample_scene(rng, scenes.TRAIN)
         turns = [(q.text, q.answer) for q in scenes.ask(scene, rng, questions)]
-        if rng.random() < 0.15:
-            turns[rng.randrange(len(turns))] = (rng.choice(scenes.DESCRIBE), scenes.caption(scene))
+        kind = rng.random()
+        if kind < 0.2:
+            longer = (rng.choice(scenes.DESCRIBE), scenes.caption(scene))
+            turns[rng.randrange(len(turns))] = longer if kind < 0.1 else (scenes.TELL, scenes.facts(scene, rng, 8))
         conversations = []
         for number, (question, answer) in enumerate(turns):
             mark = "<image>\n" if number == 0 else ""

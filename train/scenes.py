@@ -6,7 +6,7 @@ position are held out: no training scene, picture or sentence contains one, and 
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -89,6 +89,7 @@ class Question:
     question_type: str  # color, shape, count, existence, position or comparison
     answer_type: str  # yes/no, number or other
     about: SceneObject | None = None  # the one object that is asked about, if it is one
+    mentions: tuple[tuple[int, SceneObject], ...] = ()  # where in the text the name of an object ends
 
 
 def is_held_out(color: str, shape: str, region: int) -> bool:
@@ -289,11 +290,15 @@ def _reference(scene: Scene, item: SceneObject, rng: random.Random) -> str | Non
     return None
 
 
+def _ask_background(scene: Scene, rng: random.Random) -> Question:
+    text = rng.choice(("What color is the background?", "Which color is the background?"))
+    return Question(text, scene.background, "color", "other")
+
+
 def _ask_color(scene: Scene, rng: random.Random) -> Question | None:
     kind = rng.random()
     if kind < 0.15:
-        text = rng.choice(("What color is the background?", "Which color is the background?"))
-        return Question(text, scene.background, "color", "other")
+        return _ask_background(scene, rng)
     item = rng.choice(scene.objects)
     if kind < 0.6:
         if sum(o.shape == item.shape for o in scene.objects) > 1:
@@ -373,21 +378,22 @@ def _ask_comparison(scene: Scene, rng: random.Random) -> Question | None:
     make = _more if rng.random() < 0.2 or len(scene.objects) < 2 else _relation
     for _ in range(20):
         made = make(scene, rng)
-        if made is not None and made[1] == truth:
-            return Question(made[0], _yes(truth), "comparison", "yes/no")
+        if made is not None and made.answer == _yes(truth):
+            return made
     return None
 
 
-def _more(scene: Scene, rng: random.Random) -> tuple[str, bool]:
+def _more(scene: Scene, rng: random.Random) -> Question:
     first = rng.choice(scene.objects).shape
     second = rng.choice([s for s in SHAPES if s != first])
     if rng.random() < 0.5:
         first, second = second, first
     numbers = [sum(o.shape == s for o in scene.objects) for s in (first, second)]
-    return f"Are there more {plural(first)} than {plural(second)}?", numbers[0] > numbers[1]
+    text = f"Are there more {plural(first)} than {plural(second)}?"
+    return Question(text, _yes(numbers[0] > numbers[1]), "comparison", "yes/no")
 
 
-def _relation(scene: Scene, rng: random.Random) -> tuple[str, bool] | None:
+def _relation(scene: Scene, rng: random.Random) -> Question | None:
     a, b = rng.sample(scene.objects, 2)
     names = _reference(scene, a, rng), _reference(scene, b, rng)
     if None in names:
@@ -400,7 +406,9 @@ def _relation(scene: Scene, rng: random.Random) -> tuple[str, bool] | None:
     if a.size != b.size:
         relations += [("bigger than", a.size == "big"), ("smaller than", a.size == "small")]
     relation, answer = rng.choice(relations)
-    return f"Is the {names[0]} {relation} the {names[1]}?", answer
+    text = f"Is the {names[0]} {relation} the {names[1]}?"
+    mentions = ((len(f"Is the {names[0]}"), a), (len(text) - 1, b))
+    return Question(text, _yes(answer), "comparison", "yes/no", mentions=mentions)
 
 
 _MAKERS: dict[str, _Maker] = {
@@ -412,15 +420,16 @@ _MAKERS: dict[str, _Maker] = {
     "comparison": _ask_comparison,
 }
 QUESTION_TYPES = tuple(_MAKERS)
+_MAKERS["background"] = _ask_background  # among the questions on colour; here to be practised by itself
 DESCRIBE = ("Describe the picture.", "What is in the picture?", "What do you see?")
 TELL = "Tell me about the picture."
 
 
-def ask(scene: Scene, rng: random.Random, count: int) -> list[Question]:
-    """At most `count` different questions about a scene, their types drawn evenly."""
+def ask(scene: Scene, rng: random.Random, count: int, kinds: Sequence[str] = QUESTION_TYPES) -> list[Question]:
+    """At most `count` different questions about a scene, their types drawn evenly from `kinds`."""
     questions: dict[str, Question] = {}
     for _ in range(3 * count):
-        make = _MAKERS[rng.choice(QUESTION_TYPES)]
+        make = _MAKERS[rng.choice(kinds)]
         for _ in range(10):  # not every drawn object can be asked about without ambiguity
             question = make(scene, rng)
             if question is not None and question.text not in questions:

@@ -50,6 +50,7 @@ def fit(
         logger=loggers(out),
         callbacks=[StepProgressBar(name, max_steps)],
         enable_checkpointing=False,
+        num_sanity_val_steps=0,
         enable_model_summary=False,
         log_every_n_steps=max(1, min(10, max_steps // 10)),
         default_root_dir=out,

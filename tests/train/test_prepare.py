@@ -83,7 +83,7 @@ def test_align_collates_captions_flat_with_their_beginnings(align, tokenizer, rn
     texts = ["a red circle", "a ring", "a big blue square at the top"]
     batch = align.collate([align(sample(image=png(), captions=[text]), rng) for text in texts])
     pieces = [tokenizer.encode(text) for text in texts]
-    assert batch["captions"].tolist() == sum(pieces, [])
+    assert batch["captions"].tolist() == [token for piece in pieces for token in piece]
     assert batch["offsets"].tolist() == [0, len(pieces[0]), len(pieces[0]) + len(pieces[1])]
     assert batch["pixels"].shape == (3, 3, 28, 28) and batch["keys"] == ["s1"] * 3
 
