@@ -67,7 +67,7 @@ def test_every_question_is_answered_as_if_it_were_asked_alone(seeing, vqa):
     for question in vqa.questions:
         (alone,) = model.generate([vqa.image_path(question["image_id"])], [question["question"]], **SHORT)
         assert answers[question["question_id"]] == alone, question
-    assert len(set(answers.values())) > 2
+    assert len(set(answers.values())) > 1
 
 
 @pytest.mark.parametrize("batch", [1, 4])
