@@ -51,7 +51,7 @@ def plot_by_type(seeing: Mapping[str, float], blind: Mapping[str, float], file: 
         axis.bar_label(bars, fmt="%.0f", fontsize=8)
         bars.set_label(label)
     axis.set_xticks(range(len(names)), names)
-    axis.set(ylabel="VQAv2 accuracy, %", ylim=(0, 112))
+    axis.set(ylabel="VQAv2 accuracy, %", ylim=(0, 118), yticks=range(0, 101, 20))
     axis.legend(loc="upper center", ncols=2, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, file)
