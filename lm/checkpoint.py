@@ -139,3 +139,4 @@ def save_llama(model: Llama, folder: str | Path, *, dtype: torch.dtype | None = 
     if model.config.tie_embeddings:
         del state["lm_head.weight"]
     save_file(state, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors leaves it readable for its owner alone

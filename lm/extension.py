@@ -85,7 +85,12 @@ def save_extension(model: VisionLlama, folder: str | Path, *, lm: str) -> None:
     }
     state = {name: tensor.detach().cpu().float().contiguous() for name, tensor in model.projector.state_dict().items()}
     partial = folder / "projector.safetensors.partial"
-    save_file(state, str(partial), metadata={"format": "pt"})
+    try:
+        save_file(state, str(partial), metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, for one
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{partial}: cannot be written ({error}); what was there before is unchanged") from error
+    partial.chmod(0o644)  # safetensors leaves it readable for its owner alone
     os.replace(partial, folder / "projector.safetensors")
     partial = folder / "visplice.json.partial"
     partial.write_text(json.dumps(config, indent=2) + "\n")

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from visplice.lm.checkpoint import load_llama, save_llama
@@ -94,6 +95,19 @@ def test_crash_while_writing_leaves_the_old_file_whole(trained, monkeypatch):
         save_extension(model, folder, lm=str(folder.parent / "llama"))
     assert (folder / "projector.safetensors").read_bytes() == before
     load_extension(folder)
+
+
+def test_full_disk_is_one_clear_error_and_leaves_the_old_files(trained, monkeypatch):
+    model, folder = trained
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def full(state, file, metadata):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("visplice.lm.extension.save_file", full)
+    with pytest.raises(OSError, match=r"projector\.safetensors\.partial: cannot be written .*No space left"):
+        save_extension(model, folder, lm="elsewhere")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 def test_projector_is_saved_in_full_precision_and_opened_so_beside_half_precision_backbones(trained, pictures):
