@@ -95,7 +95,6 @@ def test_doctor_finds_everything(environment: Path, elsewhere: Path) -> None:
     assert str(environment) in out.splitlines()[0]
 
 
-@pytest.mark.skipif(not (ROOT / "app" / "ask.py").exists(), reason="there is no app/ask.py")
 def test_ask_sees_where_a_shape_is(environment: Path, elsewhere: Path) -> None:
     def shape(color: str, kind: str, region: str, x: float, y: float) -> scenes.SceneObject:
         return scenes.SceneObject(color, kind, "big", scenes.POSITIONS.index(region), x, y, 0.16)

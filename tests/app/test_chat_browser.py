@@ -19,7 +19,7 @@ import pytest
 from visplice.app import chat
 from visplice.app.conversation import WAITING
 from visplice.app.make_examples import EXAMPLES, assets
-from visplice.lm.extension import EMBEDDED, embedded_folder
+from visplice.lm.extension import EMBEDDED
 from visplice.lm.generate import Sampling
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -96,10 +96,6 @@ def command() -> Iterator[tuple[subprocess.Popen[str], str]]:
         process.communicate()
 
 
-@pytest.mark.skipif(
-    MODEL == EMBEDDED and not (embedded_folder("projector") / "visplice.json").exists(),
-    reason="the embedded projector is not there",
-)
 def test_a_picture_is_talked_about(browser: Any, command: tuple[subprocess.Popen[str], str], tmp_path: Path) -> None:
     process, url = command
     tab = Tab(browser, url)
