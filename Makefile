@@ -10,11 +10,11 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 .PHONY: help demo chat test lint clean
 
 help:
-	@echo "make demo    train the small embedded model, evaluate it and write its page"
-	@echo "make chat    chat with it about pictures in the browser"
+	@echo "make demo    train the embedded model, test it, and chat with it in the browser"
+	@echo "make chat    chat at once, on the model that ships"
 	@echo "make test    run the tests"
 	@echo "make lint    check style and types"
-	@echo "make clean   remove .venv, build outputs and caches; demo/ and runs/ stay"
+	@echo "make clean   remove .venv, build outputs and caches; runs/ stays"
 	@echo
 	@echo "Options of a command go into ARGS: make demo ARGS='--seed 1', make test ARGS='tests/lm -q'."
 	@echo "Another interpreter, 3.11 or newer: make clean, then make demo PYTHON=python3.12."

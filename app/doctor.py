@@ -14,9 +14,8 @@ from typing import Any
 
 # Distributions that only some work needs: name on the index, and the work.
 OPTIONAL = {
-    "open_clip_torch": "encoders by their OpenCLIP name",
-    "transformers": "checking an export against transformers",
-    "sentencepiece": "the tokenizer.model files of LLaMA 1 and 2",
+    "transformers": "the tests, which compare the decoder and the encoder with it",
+    "playwright": "the tests of the chat page in a real browser",
 }
 # Files without which the embedded model cannot be built, in the folder `weights` of each package.
 WEIGHTS = {

@@ -71,10 +71,10 @@ def test_missing_dependency_is_listed_with_its_command(
 def test_missing_optional_package_is_no_fault(
     weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    without({"sentencepiece"}, monkeypatch)
+    without({"playwright"}, monkeypatch)
     status, out = run(capsys)
     assert status == 0
-    assert "not installed (needed for the tokenizer.model files of LLaMA 1 and 2" in out
+    assert "not installed (needed for the tests of the chat page in a real browser" in out
 
 
 def test_broken_torch_is_named(
