@@ -28,7 +28,7 @@ from visplice.lm.tokenizer import Tokenizer
 from visplice.train import scenes
 from visplice.train.backbone_optim import optimizers, schedule, step_all
 
-TEXT_STEPS, PRACTICE_STEPS = 3200, 1200
+TEXT_STEPS, PRACTICE_STEPS = 3200, 1600
 # What is still weak after the even mixture is asked more often: for the rest a share is enough to keep it.
 PRACTICE = ("comparison",) * 4 + ("count",) * 2 + ("background", "color", "shape", "existence", "position")
 TEXT_SHAPE = {"dim": 256, "num_layers": 5, "num_heads": 8, "num_kv_heads": 4, "ffn_dim": 512}
@@ -69,14 +69,24 @@ def build_tokenizer(path: Path, seed: int) -> Tokenizer:
     return Tokenizer(path)
 
 
+_KNOWN = (*scenes.NUM_ATTRIBUTES.values(), len(scenes.BACKGROUNDS))  # attributes of an object, and the background
+
+
+def _known(what: scenes.SceneObject | str) -> list[int]:
+    """The K labels of an object, or of a background."""
+    if isinstance(what, str):
+        return [IGNORE] * len(scenes.NUM_ATTRIBUTES) + [list(scenes.BACKGROUNDS).index(what)]
+    return [*scenes.attributes(what), IGNORE]
+
+
 @dataclass(frozen=True)
 class TextBatch:
     """Sequences of a description and questions about it, with what the reader must know where."""
 
     ids: Tensor  # [B, S]
     labels: Tensor  # [B, S], answers and their end
-    objects: Tensor  # [B, S, 4], behind an object's last word: its attributes, else IGNORE
-    asked: Tensor  # [B, S, 4], behind an object's name and where an answer about it begins: the same, else IGNORE
+    objects: Tensor  # [B, S, K], behind the last word on an object or the background: what it is, else IGNORE
+    asked: Tensor  # [B, S, K], behind an object's name and where an answer about something begins: the same
 
 
 class TextBatches:
@@ -119,15 +129,18 @@ class TextBatches:
                 break
             ids, labels = prompt.ids, prompt.labels
         # Begin and user tokens stand in front; words never merge over a span's end, so prefixes count its tokens.
-        objects = {1 + len(encode(told.text[:end])): scenes.attributes(item) for _, end, item in told.spans}
+        objects = {1 + len(encode(told.text[:end])): _known(item) for _, end, item in told.spans}
+        objects[1 + len(encode(told.text[: told.background_end]))] = _known(scene.background)
         starts = [position for position, token in enumerate(ids) if token == self._assistant]
         asked: dict[int, list[int]] = {}
         for start, question in zip(starts, turns, strict=False):
             if question.about is not None:
-                asked[start] = scenes.attributes(question.about)
+                asked[start] = _known(question.about)
+            if question.about_background:
+                asked[start] = _known(scene.background)
             for end, item in question.mentions:
                 behind = len(encode(question.text)) - len(encode(question.text[:end]))
-                asked[start - behind - 1] = scenes.attributes(item)
+                asked[start - behind - 1] = _known(item)
         return ids, labels, objects, asked
 
     def __iter__(self) -> Iterator[TextBatch]:
@@ -136,7 +149,7 @@ class TextBatches:
             ease = max(0.0, 1 - number / self._easy)
             shape = (self._batch, self._width)
             ids, labels = torch.full(shape, self.pad), torch.full(shape, IGNORE)
-            objects, asked = torch.full((*shape, 4), IGNORE), torch.full((*shape, 4), IGNORE)
+            objects, asked = (torch.full((*shape, len(_KNOWN)), IGNORE) for _ in range(2))
             for row in range(self._batch):
                 row_ids, row_labels, row_objects, row_asked = self._sequence(ease)
                 ids[row, : len(row_ids)] = torch.tensor(row_ids)
@@ -148,18 +161,23 @@ class TextBatches:
 
 
 class AttributeHeads(nn.Module):
-    """Linear readers of an object's four attributes from the stream; thrown away after training."""
+    """Linear readers of an object's four attributes, and of the background; thrown away after training."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(width)
-        self.heads = nn.ModuleList(nn.Linear(width, size) for size in scenes.NUM_ATTRIBUTES.values())
+        self.heads = nn.ModuleList(nn.Linear(width, size) for size in _KNOWN)
 
     def forward(self, stream: Tensor, known: Tensor) -> Tensor:
-        """Mean cross-entropy over the positions of `stream` `[B, S, D]` where `known` `[B, S, 4]` says something."""
-        rows = known[..., 0] != IGNORE
+        """Cross-entropy where `known` `[B, S, K]` says something about `stream` `[B, S, D]`; of one object the mean."""
+        rows = (known != IGNORE).any(-1)
         hidden, wanted = self.norm(stream[rows]), known[rows]
-        return torch.stack([F.cross_entropy(head(hidden), wanted[:, i]) for i, head in enumerate(self.heads)]).mean()
+        losses = [
+            F.cross_entropy(head(hidden), wanted[:, i], ignore_index=IGNORE, reduction="sum")
+            / (wanted[:, i] != IGNORE).sum().clamp(min=1)
+            for i, head in enumerate(self.heads)
+        ]
+        return torch.stack(losses).sum() / len(scenes.NUM_ATTRIBUTES)
 
 
 def init_llama(model: Llama) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def write_test(folder: Path, *, count: int, seed: int, questions: int = 4) -> bo
     except (OSError, ValueError, KeyError):
         pass
     marker.unlink(missing_ok=True)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / "images", ignore_errors=True)  # pictures of an earlier, larger set
+    (folder / "images").mkdir(parents=True)
     asked: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     notes: dict[str, dict[str, Any]] = {}

@@ -89,6 +89,7 @@ class Question:
     question_type: str  # color, shape, count, existence, position or comparison
     answer_type: str  # yes/no, number or other
     about: SceneObject | None = None  # the one object that is asked about, if it is one
+    about_background: bool = False
     mentions: tuple[tuple[int, SceneObject], ...] = ()  # where in the text the name of an object ends
 
 
@@ -224,6 +225,7 @@ class Description:
 
     text: str
     spans: tuple[tuple[int, int, SceneObject], ...]  # begin, end, object
+    background_end: int  # where the words about the background end
 
 
 def describe(scene: Scene, rng: random.Random, *, variety: float = 1.0) -> Description:
@@ -237,38 +239,45 @@ def describe(scene: Scene, rng: random.Random, *, variety: float = 1.0) -> Descr
     wordings = _OBJECT_WORDINGS[: max(1, round(variety * len(_OBJECT_WORDINGS)))]
     one_wording = rng.choice(wordings) if rng.random() < 0.5 else None
     separator = rng.choice((". ", "; ", ", and ", ", "))
-    text, spans = "", []
+    text, spans, background_end = "", [], 0
     for number, item in enumerate(parts):
         text += separator if number else ""
         begin = len(text)
         if item is None:
             text += rng.choice(_BACKGROUND_WORDINGS).format(scene.background)
+            background_end = len(text)
         else:
             text += (one_wording or rng.choice(wordings))(item)
             spans.append((begin, len(text), item))
-    return Description(text + ".", tuple(spans))
+    return Description(text + ".", tuple(spans), background_end)
 
 
 def facts(scene: Scene, rng: random.Random, count: int) -> str:
-    """At most `count` short statements about a scene, in any order: much to bind in few words."""
-    found = {f"there {_are(len(scene.objects), 'shape')}", f"the background is {scene.background}"}
-    for item in scene.objects:
-        if sum(o.shape == item.shape for o in scene.objects) == 1:
-            found |= {f"the {item.shape} is {word}" for word in (item.color, item.size, at(item.position))}
-        if sum(o.color == item.color for o in scene.objects) == 1:
-            found |= {f"the {item.color} one is {words}" for words in (f"a {item.shape}", at(item.position))}
-        found |= {f"{at(item.position)} is a {word}" for word in (item.shape, f"{item.color} one", f"{item.size} one")}
-    for shape in (*{o.shape for o in scene.objects}, rng.choice(SHAPES)):
-        found.add(f"there {_are(sum(o.shape == shape for o in scene.objects), shape)}")
-    for color in (*{o.color for o in scene.objects}, rng.choice(list(COLORS))):
-        found.add(f"there {_are(sum(o.color == color for o in scene.objects), f'{color} shape')}")
-    chosen = sorted(found)
-    rng.shuffle(chosen)
-    return ". ".join(chosen[:count]) + "."
+    """At most `count` short statements about a scene: much to bind in few words.
+
+    Which ones is chance, their order is not: the whole, then object by object as one reads, so that whoever has learnt
+    to tell them knows what comes next and never says a thing twice.
+    """
+    objects = sorted(scene.objects, key=lambda o: o.region)
+    found = [f"there {_are(len(objects), 'shape')}", f"the background is {scene.background}"]
+    for item in objects:
+        if sum(o.shape == item.shape for o in objects) == 1:
+            found += [f"the {item.shape} is {word}" for word in (item.color, item.size, at(item.position))]
+        if sum(o.color == item.color for o in objects) == 1:
+            found += [f"the {item.color} one is {words}" for words in (f"a {item.shape}", at(item.position))]
+        found += [f"{at(item.position)} is a {word}" for word in (item.shape, f"{item.color} one", f"{item.size} one")]
+    for shape in SHAPES:
+        if (number := sum(o.shape == shape for o in objects)) > 0:
+            found.append(f"there {_are(number, shape)}")
+    for color in COLORS:
+        if (number := sum(o.color == color for o in objects)) > 0:
+            found.append(f"there {_are(number, f'{color} shape')}")
+    chosen = sorted(rng.sample(range(len(found)), min(count, len(found))))
+    return ". ".join(found[index] for index in chosen) + "."
 
 
 def _are(number: int, noun: str) -> str:
-    return f"are {number} {plural(noun)}"
+    return f"is 1 {noun}" if number == 1 else f"are {number} {plural(noun)}"
 
 
 # --- questions -------------------------------------------------------------------------------------------------------
@@ -292,7 +301,7 @@ def _reference(scene: Scene, item: SceneObject, rng: random.Random) -> str | Non
 
 def _ask_background(scene: Scene, rng: random.Random) -> Question:
     text = rng.choice(("What color is the background?", "Which color is the background?"))
-    return Question(text, scene.background, "color", "other")
+    return Question(text, scene.background, "color", "other", about_background=True)
 
 
 def _ask_color(scene: Scene, rng: random.Random) -> Question | None:

@@ -86,40 +86,58 @@ def test_sequences_are_a_description_and_its_questions_supervised_on_the_answers
                 assert said == left[text]
 
 
-def test_objects_are_marked_behind_their_last_word(tokenizer, told):
+NOTHING = [IGNORE] * 5  # colour, shape, size and position of an object, and the background
+
+
+def known(what) -> list[int]:
+    """The labels of an object, or of a background."""
+    if isinstance(what, str):
+        return [*NOTHING[:4], list(scenes.BACKGROUNDS).index(what)]
+    return [*attributes(what), IGNORE]
+
+
+def test_objects_and_background_are_marked_behind_their_last_word(tokenizer, told):
     _, batch = islice(TextBatches(tokenizer, seed=4, batch=8, width=192, easy=1), 2)
     for ids, objects, made in zip(batch.ids.tolist(), batch.objects.tolist(), told[-8:], strict=True):
         description = made["description"]
         assert len(description.spans) == len(made["scene"].objects)
-        found = {position: values for position, values in enumerate(objects) if values != [IGNORE] * 4}
+        found = {position: values for position, values in enumerate(objects) if values != NOTHING}
         # Begin and user tokens stand before the text.
         by_text = {tokenizer.decode(ids[2 : position + 1]): values for position, values in found.items()}
-        assert by_text == {description.text[:end]: attributes(item) for _, end, item in description.spans}
+        expected = {description.text[:end]: known(item) for _, end, item in description.spans}
+        background = made["scene"].background
+        told_of = description.text[: description.background_end]
+        assert told_of.endswith(("background", f"is {background}", f"background {background}"))
+        assert by_text == {**expected, told_of: known(background)}
 
 
 def test_object_is_marked_behind_its_name_and_where_an_answer_about_it_begins(tokenizer, told):
     batches = TextBatches(tokenizer, seed=5, batch=8, width=192, easy=1, kinds=backbone_text.PRACTICE)
     _, batch = islice(batches, 2)
-    marked = {"about": 0, "mentions": 0}
+    marked = {"about": 0, "background": 0, "mentions": 0}
     for ids, asked, made in zip(batch.ids.tolist(), batch.asked.tolist(), told[-8:], strict=True):
-        known = {question.text: question for question in made["questions"]}
-        expected = [[IGNORE] * 4] * 192
+        asked_about = {question.text: question for question in made["questions"]}
+        expected = [NOTHING] * 192
         for words, speaks, _ in turns_of(ids, tokenizer):
             text = tokenizer.decode(words).removeprefix(made["description"].text + " ")
-            if known[text].about is not None:
-                expected[speaks] = attributes(known[text].about)
+            question = asked_about[text]
+            if question.about is not None:
+                expected[speaks] = known(question.about)
                 marked["about"] += 1
-            for end, item in known[text].mentions:
+            if "background" in text:
+                expected[speaks] = known(made["scene"].background)
+                marked["background"] += 1
+            for end, item in question.mentions:
                 (position,) = [
                     p
                     for p in range(speaks)
                     if tokenizer.decode(ids[p + 1 : speaks]) == text[end:].lstrip()
                     and tokenizer.decode(ids[p : p + 1]) == item.shape
                 ]
-                expected[position] = attributes(item)
+                expected[position] = known(item)
                 marked["mentions"] += 1
         assert asked == expected
-    assert marked["about"] > 8 and marked["mentions"] > 8
+    assert min(marked.values()) > 4 and marked["about"] > 8 and marked["mentions"] > 8
 
 
 def test_first_batches_are_easy(tokenizer, told):
@@ -137,7 +155,7 @@ def test_no_sequence_tells_of_a_held_out_combination(tokenizer):
         rows = batch.objects[batch.objects[..., 0] != IGNORE].tolist()
         found += len(rows)
         assert not any(
-            scenes.is_held_out(COLORS[color], scenes.SHAPES[shape], region) for color, shape, _, region in rows
+            scenes.is_held_out(COLORS[color], scenes.SHAPES[shape], region) for color, shape, _, region, _ in rows
         )
     assert found > 500
 

@@ -123,7 +123,17 @@ def test_description_and_facts_are_true() -> None:
             assert word in text
         told = scenes.facts(SCENE, rng, 99)
         assert "the circle is red" in told and "the blue one is a square" in told and "there are 2 red shapes" in told
-        assert "the red one" not in told
+        assert "the red one" not in told and "there is 1 square" in told
+
+
+def test_facts_are_told_in_one_order_and_never_twice() -> None:
+    rng = random.Random(0)
+    whole = scenes.facts(SCENE, rng, 99).rstrip(".").split(". ")
+    assert whole[:2] == ["there are 3 shapes", "the background is gray"]
+    assert len(set(whole)) == len(whole)
+    for _ in range(50):
+        some = scenes.facts(SCENE, rng, 8).rstrip(".").split(". ")
+        assert len(some) == 8 and some == sorted(some, key=whole.index)
 
 
 def test_picture_shows_the_color_where_the_object_is() -> None:
