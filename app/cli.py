@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
+_MODULES = {"import": "importing"}  # where a verb is no name for a module
 _STAGES = {"align": "stage 1: align pictures with captions", "instruct": "stage 2: instruction tuning"}
 
 
@@ -15,6 +16,19 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: float32"
+    )
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--text-layers-only", action="store_true", help="of LLaMA 3.2 Vision, leave out the cross-attention"
+    )
+    parser.add_argument(
+        "--ignore-field",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a field of config.json that is unknown here and known to you to be harmless; again for several",
     )
 
 
@@ -63,6 +77,28 @@ def build_parser() -> argparse.ArgumentParser:
     ask.add_argument("--seed", type=int, default=None, help="fixes what sampling draws")
     _add_device(ask)
 
+    bring = verbs.add_parser("import", help="a LLaMA from Meta's or Hugging Face's files to one folder of safetensors")
+    bring.add_argument("source", metavar="SRC", help="folder, or owner/name on the Hugging Face hub")
+    bring.add_argument("--out", required=True, metavar="DIR", help="new folder")
+    bring.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default=None, help="default: as it is stored"
+    )
+    _add_checkpoint(bring)
+
+    show = verbs.add_parser("inspect", help="what a model is, or what a prompt with pictures becomes")
+    show.add_argument("model", metavar="DIR", help="LLaMA folder, extension folder, hub name, or 'embedded'")
+    show.add_argument("question", nargs="?", default=None, help="show the spliced sequence of this question instead")
+    show.add_argument("--image", action="append", default=[], metavar="FILE", help="picture; again for several")
+    show.add_argument("--answer", default=None, help="what the model is to say, to see the labels of training")
+    show.add_argument("--template", default=None, help="prompt template (default: by the control tokens)")
+    show.add_argument(
+        "--visual-tokens",
+        type=_positive,
+        default=257,
+        help="tokens of one picture, where the folder names no encoder (default: %(default)s, ViT-L/14 at 224 pixels)",
+    )
+    _add_checkpoint(show)
+
     for stage, text in _STAGES.items():
         verbs.add_parser(stage, help=f"{text} (fit or validate; --help lists all)", add_help=False)
 
@@ -84,7 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.verb is None:
             parser.print_help()
             return 2
-        verb: Callable[[argparse.Namespace], int] = import_module(f"visplice.app.{options.verb}").main
+        verb: Callable[[argparse.Namespace], int] = import_module(
+            f"visplice.app.{_MODULES.get(options.verb, options.verb)}"
+        ).main
         return verb(options)
     except KeyboardInterrupt:
         print("\nvisplice: interrupted", file=sys.stderr)

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from visplice.app.memory import main_memory, size_text
+
 # Distributions that only some work needs: name on the index, and the work.
 OPTIONAL = {
     "transformers": "the tests, which compare the decoder and the encoder with it",
@@ -36,7 +38,7 @@ def main(args: argparse.Namespace) -> int:
     ]
     rows += _torch_rows(missing)
     rows += [("", ""), *_dependency_rows(missing), *_optional_rows()]
-    rows += [("", ""), ("memory", _memory()), ("disk", f"{_size(shutil.disk_usage('.').free)} free in this folder")]
+    rows += [("", ""), ("memory", _memory()), ("disk", f"{size_text(shutil.disk_usage('.').free)} free in this folder")]
     rows += [(f"{package} weights", _weights(package, names, missing)) for package, names in WEIGHTS.items()]
     width = max(len(label) for label, _ in rows) + 2
     for label, value in rows:
@@ -119,7 +121,7 @@ def _torch_rows(missing: list[str]) -> list[tuple[str, str]]:
         for index in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(index)
             name = torch.cuda.get_device_name(index)
-            rows.append((f"cuda:{index}", f"{name}, {_size(free)} of {_size(total)} free"))
+            rows.append((f"cuda:{index}", f"{name}, {size_text(free)} of {size_text(total)} free"))
     else:
         rows.append(("CUDA devices", "none"))
     rows.append(("MPS", "yes" if torch.backends.mps.is_available() else "none"))
@@ -131,12 +133,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _memory() -> str:
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        available, total = (int(fields[key].split()[0]) * 1024 for key in ("MemAvailable", "MemTotal"))
-    except (OSError, KeyError, ValueError):
-        return "unknown"
-    return f"{_size(available)} of {_size(total)} available"
+    known = main_memory()
+    return f"{size_text(known[0])} of {size_text(known[1])} available" if known else "unknown"
 
 
 def _folder(package: str) -> Path:
@@ -150,13 +148,4 @@ def _weights(package: str, names: tuple[str, ...], missing: list[str]) -> str:
     if absent:
         fix = f"install visplice anew, in a clone: git checkout -- {package}/weights"
         missing.append(f"{folder} lacks {', '.join(absent)}: {fix}")
-    return ", ".join(f"{name} {_size(size)}" for name, size in sizes.items()) or "none"
-
-
-def _size(num_bytes: float) -> str:
-    """1024 to 1.0 KiB."""
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} GiB"
+    return ", ".join(f"{name} {size_text(size)}" for name, size in sizes.items()) or "none"

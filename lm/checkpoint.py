@@ -1,142 +1,274 @@
-"""A LLaMA on disk: the Hugging Face folder layout, `config.json` beside `model.safetensors`."""
+"""A LLaMA on disk: opened from any of its layouts, and written in the Hugging Face one."""
+
+from __future__ import annotations
 
 import json
-import re
-from dataclasses import fields
+import os
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from visplice.lm.config import LlamaConfig
 from visplice.lm.decoder import Llama
+from visplice.lm.fingerprint import Fingerprint
+from visplice.lm.hf_layout import HfLayout, hf_entries, left_out, read_hf_config, write_hf_config
+from visplice.lm.layout import Entry
+from visplice.lm.meta_layout import meta_entries, read_meta_config
+from visplice.lm.storage import TensorStore, open_store
 
-# Ours on the left, Hugging Face's on the right; {} is the layer.
-_KEYS = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-    "layers.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
-    "layers.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
-    "layers.{}.attention.wq.weight": "model.layers.{}.self_attn.q_proj.weight",
-    "layers.{}.attention.wk.weight": "model.layers.{}.self_attn.k_proj.weight",
-    "layers.{}.attention.wv.weight": "model.layers.{}.self_attn.v_proj.weight",
-    "layers.{}.attention.wo.weight": "model.layers.{}.self_attn.o_proj.weight",
-    "layers.{}.feed_forward.w1.weight": "model.layers.{}.mlp.gate_proj.weight",
-    "layers.{}.feed_forward.w2.weight": "model.layers.{}.mlp.down_proj.weight",
-    "layers.{}.feed_forward.w3.weight": "model.layers.{}.mlp.up_proj.weight",
-}
-_FIELDS = {
-    "vocab_size": "vocab_size",
-    "dim": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "ffn_dim": "intermediate_size",
-    "head_dim": "head_dim",
-    "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-    "max_seq_len": "max_position_embeddings",
-    "tie_embeddings": "tie_word_embeddings",
-}
+MAX_SHARD = 5_000_000_000  # bytes of one written safetensors file
 
 
-def _theirs(name: str) -> str:
-    layer = re.search(r"\.(\d+)\.", name)
-    pattern = re.sub(r"\.\d+\.", ".{}.", name, count=1)
-    return _KEYS[pattern].format(layer.group(1) if layer else "")
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: its shape, and its weights by our names, read one stored tensor at a time."""
+
+    folder: Path
+    config: LlamaConfig
+    store: TensorStore
+    entries: tuple[Entry, ...]
+    told_left_out: tuple[str, ...] = ()  # what is stored beside the decoder, in words
+
+    def read(self, entry: Entry) -> tuple[Tensor, ...]:
+        """The weights of one stored tensor: CPU, stored dtype, memory-mapped where the files allow it.
+
+        Raises:
+            ValueError: it has another shape than the config says.
+        """
+        stored, file = self.store.get(entry.stored), self.store.file_of(entry.stored)
+        try:
+            found = tuple(entry.read(stored))
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{file}: {entry.stored} is {list(stored.shape)}, which does not fit the config ({error})"
+            ) from error
+        for name, tensor in zip(entry.weights, found, strict=True):
+            if tensor.shape != self.shapes[name]:
+                gives = "" if len(found) == 1 else f" and gives {name} {list(tensor.shape)}"
+                raise ValueError(
+                    f"{file}: {entry.stored} is {list(stored.shape)}{gives}, the config says "
+                    f"{list(self.shapes[name])}"
+                )
+        return found
+
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shapes of all weights, by the config."""
+        return _shapes(self.config)
 
 
-def read_config(folder: str | Path) -> LlamaConfig:
-    """The shape written in `config.json`.
+def _shapes(config: LlamaConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in Llama(config).state_dict().items()}
 
-    Raises:
-        ValueError: the file is missing or broken, is not a LLaMA's, or changes the arithmetic in a way not built here.
-    """
-    file = Path(folder) / "config.json"
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        raw: dict[str, Any] = json.loads(file.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{file}: no such file; a LLaMA folder holds config.json and model.safetensors") from None
+        raw = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not JSON ({error})") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{file}: not a JSON object but {type(raw).__name__}")
-    if raw.get("model_type") != "llama":
-        raise ValueError(f"{file}: model_type is {raw.get('model_type')!r}; only 'llama' can be read")
-    rope = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
-    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        raise ValueError(f"{file}: rope scaling {scaling} is not supported; only unscaled rotary positions are")
-    for field, supported in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-        if raw.get(field, supported) != supported:
-            raise ValueError(f"{file}: {field} is {raw[field]!r}; only {supported!r} is supported")
-    if "rope_theta" not in raw and "rope_theta" in rope:
-        raw["rope_theta"] = rope["rope_theta"]
-    required = {"vocab_size", "dim", "num_layers", "num_heads", "ffn_dim"}
-    missing = [_FIELDS[ours] for ours in sorted(required) if _FIELDS[ours] not in raw]
-    if missing:
-        raise ValueError(f"{file}: lacks {', '.join(missing)}")
-    values = {ours: raw[theirs] for ours, theirs in _FIELDS.items() if raw.get(theirs) is not None}
-    # What transformers takes these for when the file leaves them out.
-    values.setdefault("num_kv_heads", values["num_heads"])
-    values.setdefault("norm_eps", 1e-6)
-    return LlamaConfig(**values)
+    return raw
 
 
-def load_llama(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Llama:
-    """Builds a decoder from a folder and reads its weights one tensor at a time.
+def read_config(
+    folder: str | Path, *, text_layers_only: bool = False, ignore_fields: Collection[str] = ()
+) -> LlamaConfig:
+    """The shape that a folder's `config.json` describes, without its weights.
+
+    Raises:
+        ValueError: the file is missing or broken, is not a LLaMA's, or changes the arithmetic in a way not built here.
+    """
+    return _read_hf(Path(folder) / "config.json", text_layers_only, ignore_fields).config
+
+
+def _read_hf(file: Path, text_layers_only: bool, ignore_fields: Collection[str]) -> HfLayout:
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; a LLaMA folder holds config.json (or Meta's params.json) and weights")
+    return read_hf_config(
+        _read_json(file), str(file), text_layers_only=text_layers_only, ignore_fields=ignore_fields
+    )
+
+
+def open_checkpoint(
+    source: str | Path, *, text_layers_only: bool = False, ignore_fields: Collection[str] = ()
+) -> Checkpoint:
+    """Opens a folder or a hub name and compares what is stored with what the config asks for.
+
+    Raises:
+        ValueError: something is missing, broken or unknown; the message names both sides.
+    """
+    from visplice.lm.hub import resolve
+
+    folder = Path(source) if Path(source).is_dir() else resolve(source)
+    if (folder / "config.json").is_file() or not _meta_params(folder):
+        layout = _read_hf(folder / "config.json", text_layers_only, ignore_fields)
+        store = open_store(folder)
+        names = store.names()
+        config, entries = layout.config, hf_entries(layout, names)
+        spare = tuple(name for name in names if left_out(layout, name))
+        told = layout.left_out
+    else:
+        params = _meta_params(folder)
+        assert params is not None
+        store = open_store(params.parent)
+        names = store.names()
+        config = _read_meta(params, store, ignore_fields)
+        entries, spare, told = meta_entries(config, names), (), ()
+    found = set(names) - set(spare)
+    expected = {entry.stored for entry in entries}
+    missing, unknown = sorted(expected - found), sorted(found - expected)
+    if missing or unknown:
+        raise ValueError(
+            f"{store.folder}: the weights do not fit the config; missing {_few(missing)}, unknown {_few(unknown)}"
+        )
+    where = {name: position for position, name in enumerate(names)}
+    ordered = tuple(sorted(entries, key=lambda entry: where[entry.stored]))
+    return Checkpoint(folder, config, store, ordered, told)
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return (", ".join(names[:8]) or "nothing") + more
+
+
+def _meta_params(folder: Path) -> Path | None:
+    return next((file for file in (folder / "params.json", folder / "original/params.json") if file.is_file()), None)
+
+
+def _read_meta(params: Path, store: TensorStore, ignore_fields: Collection[str]) -> LlamaConfig:
+    names = set(store.names())
+    if "tok_embeddings.weight" not in names:
+        raise ValueError(f"{store.folder}: no tok_embeddings.weight among {len(names)} tensors; not a LLaMA's")
+    rows = store.shape("tok_embeddings.weight")[0]
+    dense = (name for name in names if name.endswith(("feed_forward.w1.weight", "feed_forward.mlp.fc1_weight")))
+    first = next(dense, None)
+    ffn_dim = store.shape(first)[0] // (2 if first.endswith("fc1_weight") else 1) if first else 0
+    return read_meta_config(
+        _read_json(params), str(params), vocab_size=rows, ffn_dim=ffn_dim, ignore_fields=ignore_fields
+    )
+
+
+def load_llama(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    text_layers_only: bool = False,
+    ignore_fields: Collection[str] = (),
+) -> Llama:
+    """Builds a decoder on the meta device and fills it one tensor at a time; arguments as `Llama.from_pretrained`.
 
     Raises:
         ValueError: a file is missing or broken, or tensors are missing, unknown or of another shape.
     """
-    config = read_config(folder)
-    file = Path(folder) / "model.safetensors"
+    checkpoint = open_checkpoint(source, text_layers_only=text_layers_only, ignore_fields=ignore_fields)
     with torch.device("meta"):
-        model = Llama(config)
-    expected = {_theirs(name): name for name in model.state_dict()}
-    if config.tie_embeddings:
-        del expected["lm_head.weight"]
-    state: dict[str, Tensor] = {}
-    try:
-        with safe_open(str(file), framework="pt") as tensors:
-            found = set(tensors.keys())
-            missing, unknown = sorted(expected.keys() - found), sorted(found - expected.keys())
-            if missing or unknown:
-                raise ValueError(
-                    f"{file}: does not fit its config.json; missing {missing or 'nothing'}, "
-                    f"unknown {unknown or 'nothing'}"
-                )
-            for theirs, ours in expected.items():
-                tensor, shape = tensors.get_tensor(theirs), model.get_parameter(ours).shape
-                if tensor.shape != shape:
-                    raise ValueError(f"{file}: {theirs} is {list(tensor.shape)}, config.json says {list(shape)}")
-                state[ours] = tensor.to(device=device, dtype=dtype)
-    except FileNotFoundError:
-        raise ValueError(f"{file}: no such file; a LLaMA folder holds config.json and model.safetensors") from None
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a whole safetensors file ({error})") from error
-    model.load_state_dict(state, strict=False, assign=True)
-    if config.tie_embeddings:
+        model = Llama(checkpoint.config)
+    fingerprint = Fingerprint()
+    for entry in checkpoint.entries:
+        for name, stored in zip(entry.weights, checkpoint.read(entry), strict=True):
+            fingerprint.add(name, stored)
+            owner, _, leaf = name.rpartition(".")
+            weight = stored.to(device=device, dtype=dtype or stored.dtype).contiguous()
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
+    if checkpoint.config.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
+    model.fingerprint = fingerprint.hexdigest()
     return model.eval()
 
 
+def read_embeddings(source: str | Path, *, dtype: torch.dtype | None = None) -> Tensor:
+    """The embedding table `[V, D]` alone; no other tensor is read."""
+    checkpoint = open_checkpoint(source, text_layers_only=True)
+    entry = next(entry for entry in checkpoint.entries if entry.weights == ("tok_embeddings.weight",))
+    (table,) = checkpoint.read(entry)
+    return table.to(dtype or table.dtype)
+
+
+# --- writing ---
+
+
 def save_llama(model: Llama, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Writes `config.json` and `model.safetensors` as transformers' `LlamaForCausalLM` reads them."""
+    """Writes `config.json` and safetensors as transformers' `LlamaForCausalLM` or `Llama4ForCausalLM` reads them."""
+    state = model.state_dict()
+    write_llama(model.config, lambda name: state[name], folder, dtype=dtype or model.dtype)
+
+
+def write_llama(
+    config: LlamaConfig,
+    weight: Callable[[str], Tensor],
+    folder: str | Path,
+    *,
+    dtype: torch.dtype,
+    max_shard: int = MAX_SHARD,
+) -> None:
+    """Writes a Hugging Face folder shard by shard; `weight` gives a tensor by our name when its turn comes.
+
+    The config comes last: a folder without one is not taken for a whole checkpoint.
+
+    Raises:
+        OSError: the disk is full; what was written of the weights is removed.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    raw: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-    raw |= {_FIELDS[field.name]: getattr(model.config, field.name) for field in fields(LlamaConfig)}
-    raw["torch_dtype"] = str(dtype or model.dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-    state = {
-        _theirs(name): tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()
-    }
-    if model.config.tie_embeddings:
-        del state["lm_head.weight"]
-    save_file(state, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # safetensors leaves it readable for its owner alone
+    kind = "llama4" if config.num_experts else "llama"
+    entries = hf_entries(HfLayout(config=config, kind=kind, layers=tuple(range(config.num_layers))))
+    shards: list[list[Entry]] = [[]]
+    sizes, room = {}, 0
+    shapes = _shapes(config)
+    for entry in entries:
+        size = sum(shapes[name].numel() for name in entry.weights) * dtype.itemsize
+        if shards[-1] and room + size > max_shard:
+            shards.append([])
+            room = 0
+        shards[-1].append(entry)
+        sizes[entry.stored], room = size, room + size
+    (folder / "config.json").unlink(missing_ok=True)
+    written: list[Path] = []
+    index: dict[str, str] = {}
+    try:
+        for number, shard in enumerate(shards, 1):
+            one = len(shards) == 1
+            name = "model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors = {
+                entry.stored: entry.write(
+                    *(weight(ours).detach().to("cpu", dtype) for ours in entry.weights)
+                ).contiguous()
+                for entry in shard
+            }
+            written.append(folder / name)
+            _save(tensors, folder / name)
+            index |= dict.fromkeys(tensors, name)
+    except OSError:
+        for file in written:
+            file.unlink(missing_ok=True)
+        raise
+    for stale in {*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")} - set(written):
+        stale.unlink()  # of an earlier checkpoint in the same folder
+    if len(shards) > 1:
+        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
+    raw = write_hf_config(config, str(dtype).removeprefix("torch."))
+    partial = folder / "config.json.partial"
+    partial.write_text(json.dumps(raw, indent=2) + "\n")
+    os.replace(partial, folder / "config.json")
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    partial = file.with_name(file.name + ".partial")
+    try:
+        save_file(tensors, str(partial), metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, for one
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{partial}: cannot be written ({error})") from error
+    partial.chmod(0o644)  # safetensors leaves it readable for its owner alone
+    os.replace(partial, file)

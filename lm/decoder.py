@@ -1,38 +1,31 @@
-"""A LLaMA decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU, static key-value cache.
+"""The decoder of the LLaMA family: RMSNorm, rotary positions, grouped-query attention, SwiGLU, static key-value cache.
 
-Follows Touvron et al., "LLaMA" (2023) and "Llama 2" (2023). Weights carry Meta's names (tok_embeddings, wq, wk, wv,
-wo, w1, w2, w3, norm, output); the rotary embedding turns half-split pairs, as Hugging Face checkpoints store them.
+Follows Touvron et al., "LLaMA" (2023) and "Llama 2" (2023), and Meta's published code for LLaMA 3 and 4. Weights carry
+Meta's names (tok_embeddings, wq, wk, wv, wo, w1, w2, w3, norm, output); the rotary embedding turns half-split pairs, as
+most Hugging Face checkpoints store them. The members of the family differ in their `LlamaConfig` alone.
 
 Shape letters: B batch, S new positions, T cached positions, D width of the residual stream, H query heads, K key and
 value heads, d width of one head, V vocabulary, N answer rows.
 """
 
-from typing import Any
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visplice.lm.config import LlamaConfig
+from visplice.lm.experts import FeedForward, SparseFeedForward
+from visplice.lm.rope import rotary, rotate
 
-
-def rotary(positions: Tensor, config: LlamaConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[B, 1, S, d]` of the angles at `positions` `[B, S]`.
-
-    Computed from the config at every call rather than stored: nothing to lose on the meta device, and one table
-    serves all layers of a forward pass.
-    """
-    assert config.head_dim is not None
-    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
-    angles = positions[:, None, :, None].float() * config.rope_theta**-exponents  # [B, 1, S, d/2]
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs `(i, i + d/2)` of `x` `[B, H, S, d]`."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], dim=-1) * sin
+if TYPE_CHECKING:
+    from visplice.lm.generate import Sampling
 
 
 class KVCache:
@@ -45,6 +38,7 @@ class KVCache:
         shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # [L, B, K, T, d]
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.positions = torch.zeros(batch, length, device=device, dtype=torch.int64)
 
     @property
     def length(self) -> int:
@@ -58,67 +52,97 @@ class KVCache:
         return self.keys[layer], self.values[layer]
 
 
+@dataclass(frozen=True)
+class Context:
+    """What all layers of one forward pass share."""
+
+    cos: Tensor  # [B, 1, S, d]
+    sin: Tensor
+    mask: Tensor | None  # [B, 1, S, T], true where a query may look; None is causal over the new positions
+    chunk: int | None  # without a mask: layers with chunked attention fold the sequence into pieces of this many
+    chunk_mask: Tensor | None  # with a mask: the part of it inside one chunk
+    temperature: Tensor | None  # [B, 1, S, 1], scale of the queries of layers without rotary positions
+    cache: KVCache | None
+    slots: Tensor | None  # [S]
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped keys and values (Ainslie et al., "GQA", 2023)."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
         assert config.head_dim is not None
+        self.layer, self.config = layer, config
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.has_rope = layer not in config.nope_layers
         self.wq = nn.Linear(config.dim, self.num_heads * self.head_dim, bias=False)
         self.wk = nn.Linear(config.dim, self.num_kv_heads * self.head_dim, bias=False)
         self.wv = nn.Linear(config.dim, self.num_kv_heads * self.head_dim, bias=False)
         self.wo = nn.Linear(self.num_heads * self.head_dim, config.dim, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None,
-        cache: KVCache | None,
-        layer: int,
-        slots: Tensor | None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         batch, length, _ = x.shape
         q = self.wq(x).view(batch, length, self.num_heads, self.head_dim).transpose(1, 2)  # [B, H, S, d]
         k = self.wk(x).view(batch, length, self.num_kv_heads, self.head_dim).transpose(1, 2)  # [B, K, S, d]
         v = self.wv(x).view(batch, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            assert slots is not None
-            k, v = cache.update(layer, slots, k, v)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_heads != self.num_kv_heads
-        )
+        if self.has_rope:
+            q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
+            if self.config.qk_norm:
+                q, k = (_unit_rms(side, self.config.norm_eps) for side in (q, k))
+        elif context.temperature is not None:
+            q = (q * context.temperature).to(q.dtype)
+        if context.cache is not None:
+            assert context.slots is not None
+            cached = context.cache.update(self.layer, context.slots, k, v)
+            if context.mask is not None:  # without one, the cache was empty, and the new positions are all there is
+                k, v = cached
+        out = self._attend(q, k, v, context)
         return self.wo(out.transpose(1, 2).reshape(batch, length, -1))
 
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        grouped, mask, length = self.num_heads != self.num_kv_heads, context.mask, q.shape[2]
+        if not self.has_rope or self.config.attention_chunk is None:
+            pass
+        elif mask is not None:
+            mask = context.chunk_mask
+        elif context.chunk is not None and length > context.chunk:
+            # Chunks do not see each other: they become rows of a batch, and no mask of S x S is ever made.
+            short = -length % context.chunk
+            q, k, v = (_fold(F.pad(side, (0, 0, 0, short)), context.chunk) for side in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            return _unfold(out, length)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
-class FeedForward(nn.Module):
-    """SwiGLU (Shazeer, "GLU Variants Improve Transformer", 2020)."""
 
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+def _unit_rms(x: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x.float(), x.shape[-1:], eps=eps).type_as(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+def _fold(x: Tensor, chunk: int) -> Tensor:
+    """`[B, H, n * chunk, d]` to `[B * n, H, chunk, d]`."""
+    return x.unflatten(2, (-1, chunk)).transpose(1, 2).flatten(0, 1)
+
+
+def _unfold(x: Tensor, length: int) -> Tensor:
+    """`[B * n, H, chunk, d]` to `[B, H, length, d]`."""
+    pieces = -(-length // x.shape[2])
+    return x.unflatten(0, (-1, pieces)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
 
 class Block(nn.Module):
     """One decoder layer: attention and feed-forward, each behind an RMSNorm and added to the stream."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, layer)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward: nn.Module = (
+            SparseFeedForward(config) if layer in config.moe_layers else FeedForward(config.dim, config.ffn_dim)
+        )
 
-    def forward(self, x: Tensor, *context: Any) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), *context)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), context)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -129,11 +153,40 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
+        self.fingerprint: str | None = None  # of the file's tensors, where the decoder was loaded from one
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        text_layers_only: bool = False,
+        ignore_fields: Collection[str] = (),
+    ) -> Llama:
+        """Opens a LLaMA as it lies on disk, or by its hub name `owner/name`.
+
+        Args:
+            path: a Hugging Face folder (safetensors or .bin, whole or in shards), a Meta folder (`params.json` beside
+                `consolidated.NN.pth`), or a hub name.
+            dtype: of the weights, which are cast while they are read; None keeps the stored one.
+            device: where the weights go, one tensor at a time.
+            text_layers_only: of LLaMA 3.2 Vision, open the text layers and leave the cross-attention out.
+            ignore_fields: fields of `config.json` that are unknown here and known to you to be harmless.
+        Raises:
+            ValueError: something is missing, broken, unknown, or of another shape; the message names both sides.
+        """
+        from visplice.lm.checkpoint import load_llama
+
+        return load_llama(
+            path, dtype=dtype, device=device, text_layers_only=text_layers_only, ignore_fields=ignore_fields
+        )
 
     @property
     def device(self) -> torch.device:
@@ -142,6 +195,38 @@ class Llama(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.tok_embeddings.weight.dtype
+
+    def context(
+        self,
+        embeddings: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        slots: Tensor | None = None,
+    ) -> Context:
+        """What the layers need beside the stream; arguments as in `hidden`."""
+        config, chunk_mask, temperature = self.config, None, None
+        batch, length, _ = embeddings.shape
+        counted = positions is None
+        if positions is None:
+            positions = torch.arange(length, device=embeddings.device).expand(batch, length)
+        if cache is not None:
+            assert slots is not None
+            cache.positions.index_copy_(1, slots, positions.expand(batch, length))
+        seen = positions if cache is None else cache.positions  # positions that the mask's columns stand for
+        cos, sin = rotary(positions, config, embeddings.dtype)
+        if config.attention_chunk is not None:
+            if mask is None and not counted and int(positions.max()) >= config.attention_chunk:
+                causal = torch.ones(length, length, dtype=torch.bool, device=embeddings.device).tril()
+                mask, seen = causal[None, None], positions
+            if mask is not None:
+                chunks, seen_chunks = positions // config.attention_chunk, seen // config.attention_chunk
+                chunk_mask = mask & (chunks[:, None, :, None] == seen_chunks[:, None, None, :])
+        if config.nope_layers and config.temperature_floor is not None:
+            steps = torch.floor((positions.float() + 1.0) / config.temperature_floor)
+            temperature = (torch.log1p(steps) * config.temperature_scale + 1.0)[:, None, :, None]
+        return Context(cos, sin, mask, config.attention_chunk, chunk_mask, temperature, cache, slots)
 
     def hidden(
         self,
@@ -157,19 +242,16 @@ class Llama(nn.Module):
         Args:
             embeddings: `[B, S, D]`.
             positions: `[B, S]`, default 0, 1, 2, ...
-            mask: boolean `[B, 1, S, T]`, true where a query may look; default causal over S. Needed with a cache.
-            cache: keys and values of earlier positions; written at `slots`.
+            mask: boolean `[B, 1, S, T]`, true where a query may look; default causal over S.
+            cache: keys and values of earlier positions; written at `slots`. Without a mask it is taken for empty.
             slots: `[S]`, cache slots of the new positions.
         Returns:
             `[B, S, D]`.
         """
-        batch, length, _ = embeddings.shape
-        if positions is None:
-            positions = torch.arange(length, device=embeddings.device).expand(batch, length)
-        cos, sin = rotary(positions, self.config, embeddings.dtype)
+        context = self.context(embeddings, positions=positions, mask=mask, cache=cache, slots=slots)
         x = embeddings
-        for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, mask, cache, index, slots)
+        for layer in self.layers:
+            x = layer(x, context)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -179,3 +261,41 @@ class Llama(nn.Module):
     def forward(self, ids: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Logits `[B, S, V]` for int64 ids `[B, S]`; positions and mask as in `hidden`."""
         return self.logits(self.hidden(self.tok_embeddings(ids), positions=positions, mask=mask))
+
+    def generate(
+        self,
+        ids: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        stop_ids: Collection[int] = (),
+        sampling: Sampling | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Continues a batch of id sequences.
+
+        Args:
+            ids: int64 `[B, S]`, unequal lengths padded on the left.
+            lengths: `[B]`, real positions of each row, the last ones; default all.
+            stop_ids: tokens that end a row.
+            sampling: how to draw; or its fields of `visplice.lm.generate.Sampling` as keyword arguments (greedy by default).
+        Returns:
+            `[B, S + n]`: the ids and what follows, a row that has ended filled up with the token that ended it.
+        Raises:
+            ValueError: sampling that makes no sense.
+        """
+        from visplice.lm.generate import Sampling, generate
+
+        if sampling is not None and options:
+            raise TypeError(f"sampling was given and {', '.join(options)} beside it; give one or the other")
+        sampling = sampling or Sampling(**options)
+        if lengths is None:
+            lengths = torch.full((len(ids),), ids.shape[1], device=ids.device)
+        total = int(lengths.max()) + sampling.max_new_tokens
+        if total > self.config.context_length:
+            warnings.warn(f"{total} positions, but the model was made for {self.config.context_length}", stacklevel=2)
+        embeddings = self.tok_embeddings(ids)
+        rows: list[list[int]] = [[] for _ in range(len(ids))]
+        for step in generate(self, embeddings, lengths, sampling, stop_ids, keep_stops=True, check_length=False):
+            for row, token in zip(rows, step, strict=True):
+                row.append(row[-1] if token is None else token)
+        return torch.cat([ids, torch.tensor(rows, dtype=ids.dtype, device=ids.device)], dim=1)

@@ -6,7 +6,6 @@ frozen backbones; `projector.safetensors` holds the projector and its sentinels.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from importlib.resources import files
@@ -16,9 +15,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from visplice.lm.checkpoint import load_llama
+from visplice.lm.decoder import Llama
+from visplice.lm.fingerprint import fingerprint
+from visplice.lm.hub import resolve
 from visplice.lm.prompt import TEMPLATES, Template
 from visplice.lm.tokenizer import Tokenizer
 from visplice.lm.vision_llama import VisionLlama
@@ -34,24 +35,16 @@ def embedded_folder(package: str) -> Path:
     return Path(str(files(f"visplice.{package}"))) / "weights"
 
 
-def fingerprint(module: nn.Module) -> str:
-    """Tells one backbone from another, whatever dtype or device it was loaded to.
-
-    Hashes names, shapes and up to 1,024 evenly spaced values of every tensor, rounded to bfloat16.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        flat = tensor.detach().flatten()
-        values = flat[:: max(1, len(flat) // 1024)].to("cpu", torch.bfloat16).contiguous()
-        digest.update(f"{name} {list(tensor.shape)}".encode() + values.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
+def lm_folder(lm: str) -> str | Path:
+    """Where the decoder of that name lies: a folder, a hub name, or 'embedded'."""
+    return embedded_folder("lm") if lm == EMBEDDED else lm
 
 
 def load_backbones(
     encoder: EncoderConfig, lm: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[VisionEncoder, Any, Tokenizer]:
-    """Encoder, decoder and tokenizer; `lm` is a folder, or 'embedded'."""
-    folder = embedded_folder("lm") if lm == EMBEDDED else Path(lm)
+    """Encoder, decoder and tokenizer; `lm` is a folder, a hub name, or 'embedded'."""
+    folder = resolve(lm_folder(lm))
     llama = load_llama(folder, dtype=dtype, device=device)
     tokenizer = Tokenizer.from_pretrained(folder)
     if tokenizer.vocab_size > llama.config.vocab_size:
@@ -118,16 +111,12 @@ def load_projector(config: ProjectorConfig, file: Path) -> Projector:
     return projector
 
 
-def load_extension(
-    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> VisionLlama:
-    """Opens an extension folder, or the shipped one under the name 'embedded'.
+def read_extension(folder: Path) -> dict[str, Any]:
+    """The fields of `visplice.json`.
 
     Raises:
-        ValueError: a file is missing or broken, a field is unknown or missing, or a backbone is not the one that the
-            projector was trained with.
+        ValueError: the file is missing or broken, or a field is unknown, missing, or of another kind.
     """
-    folder = embedded_folder("projector") if str(folder) == EMBEDDED else Path(folder)
     file = folder / "visplice.json"
     try:
         raw = json.loads(file.read_text())
@@ -145,16 +134,40 @@ def load_extension(
         if not isinstance(raw[name], kind):
             raise ValueError(f"{file}: {name} is {raw[name]!r}, which is no {kind.__name__}")
     try:
-        encoder_config, projector_config = EncoderConfig(**raw["encoder"]), ProjectorConfig(**raw["projector"])
+        EncoderConfig(**raw["encoder"]), ProjectorConfig(**raw["projector"])
     except TypeError as error:
         raise ValueError(f"{file}: {error}") from error
-    encoder, lm, tokenizer = load_backbones(encoder_config, raw["lm"], device=device, dtype=dtype)
+    return raw
+
+
+def load_trained_projector(folder: str | Path, encoder: VisionEncoder, lm: Llama) -> Projector:
+    """The projector of an extension folder, for these two backbones.
+
+    Raises:
+        ValueError: as `read_extension`, and when the projector was trained with other backbones.
+    """
+    folder = embedded_folder("projector") if str(folder) == EMBEDDED else Path(folder)
+    raw = read_extension(folder)
     for name, module in (("encoder", encoder.vit), ("lm", lm)):
         found, expected = fingerprint(module), raw["fingerprint"].get(name)
         if found != expected:
             raise ValueError(
-                f"{file}: the projector was trained with the {name} of fingerprint {str(expected)[:12]}, "
-                f"but the one opened has {found[:12]}"
+                f"{folder / 'visplice.json'}: the projector was trained with the {name} of fingerprint "
+                f"{str(expected)[:12]}, but the one opened has {found[:12]}"
             )
-    projector = load_projector(projector_config, folder / "projector.safetensors").to(device=device)
+    return load_projector(ProjectorConfig(**raw["projector"]), folder / "projector.safetensors")
+
+
+def load_extension(
+    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> VisionLlama:
+    """Opens an extension folder, or the shipped one under the name 'embedded'.
+
+    Raises:
+        ValueError: a file is missing or broken, a field is unknown or missing, or a backbone is not the one that the
+            projector was trained with.
+    """
+    raw = read_extension(embedded_folder("projector") if str(folder) == EMBEDDED else Path(folder))
+    encoder, lm, tokenizer = load_backbones(EncoderConfig(**raw["encoder"]), raw["lm"], device=device, dtype=dtype)
+    projector = load_trained_projector(folder, encoder, lm).to(device=device)
     return VisionLlama(encoder, projector, lm, tokenizer, template_named(raw["template"]))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from visplice.lm.decoder import KVCache, Llama
+from visplice.lm.masks import left_padded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,14 @@ def pad_left(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def generate(
-    model: Llama, embeddings: Tensor, lengths: Tensor, sampling: Sampling, stop_ids: Collection[int]
+    model: Llama,
+    embeddings: Tensor,
+    lengths: Tensor,
+    sampling: Sampling,
+    stop_ids: Collection[int],
+    *,
+    keep_stops: bool = False,
+    check_length: bool = True,
 ) -> Iterator[list[int | None]]:
     """Continues a batch of prompts.
 
@@ -67,29 +75,30 @@ def generate(
         embeddings: `[B, S, D]`, padded on the left.
         lengths: `[B]`, positions of each row that are real; the last ones.
         sampling: how to draw.
-        stop_ids: tokens that end a row; they are not handed out.
+        stop_ids: tokens that end a row.
+        keep_stops: hand out the token that ends a row, too.
+        check_length: refuse more positions than the model was made for.
     Yields:
         Once a step, one token per row, None for rows that have ended.
     Raises:
-        ValueError: the prompt and `max_new_tokens` do not fit into `max_seq_len` positions.
+        ValueError: the prompt and `max_new_tokens` do not fit into the model's positions.
     """
     batch, width, _ = embeddings.shape
     capacity = width + sampling.max_new_tokens
-    longest = int(lengths.max())
-    if longest + sampling.max_new_tokens > model.config.max_seq_len:
+    longest, limit = int(lengths.max()), model.config.context_length
+    if check_length and longest + sampling.max_new_tokens > limit:
         raise ValueError(
             f"the prompt has {longest} tokens and {sampling.max_new_tokens} new ones were asked for, "
-            f"but the model has {model.config.max_seq_len} positions; shorten the prompt or max_new_tokens"
+            f"but the model has {limit} positions; shorten the prompt or max_new_tokens"
         )
     device = embeddings.device
     cache = KVCache(model.config, batch, capacity, device=device, dtype=embeddings.dtype)
     slots = torch.arange(capacity, device=device)
     padding = width - lengths  # [B]
     real = slots >= padding[:, None]  # [B, T]
-    causal = slots <= slots[:width, None]  # [S, T]
-    # Padding rows may look at themselves: a row of a softmax without any key is not a number.
-    mask = (real[:, None, :] & causal | (slots == slots[:width, None])).unsqueeze(1)
-    positions = (slots[:width] - padding[:, None]).clamp(min=0)
+    positions, mask = None, None
+    if int(lengths.min()) < width:  # without padding, causal attention needs no mask, which grows with the square
+        positions, mask = left_padded(lengths, width, capacity)
     hidden = model.hidden(embeddings, positions=positions, mask=mask, cache=cache, slots=slots[:width])
     logits = model.logits(hidden[:, -1].contiguous())
 
@@ -99,12 +108,14 @@ def generate(
     ended = [False] * batch
     for step in range(sampling.max_new_tokens):
         tokens = draw(logits, sampling, generators)
-        drawn: list[int | None] = list(tokens.tolist())
-        ended = [done or token in stop_ids for done, token in zip(ended, drawn, strict=True)]
-        if all(ended):
+        drawn: list[int] = tokens.tolist()
+        stops = [token in stop_ids for token in drawn]
+        silent = ended if keep_stops else [done or stop for done, stop in zip(ended, stops, strict=True)]
+        ended = [done or stop for done, stop in zip(ended, stops, strict=True)]
+        if all(silent):
             return
-        yield [None if done else token for done, token in zip(ended, drawn, strict=True)]
-        if step + 1 == sampling.max_new_tokens:
+        yield [None if quiet else token for quiet, token in zip(silent, drawn, strict=True)]
+        if all(ended) or step + 1 == sampling.max_new_tokens:
             return
         slot = slots[width + step : width + step + 1]
         hidden = model.hidden(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from visplice.lm.checkpoint import save_llama
 from visplice.lm.config import LlamaConfig
-from visplice.lm.decoder import Llama, rotary
+from visplice.lm.decoder import Llama
 from visplice.lm.prompt import IGNORE, TURNS, PromptBuilder, VisualTokens
 from visplice.lm.tokenizer import Tokenizer
 from visplice.train import scenes
@@ -223,11 +223,9 @@ def teach(
 
     def streams(embeddings: Tensor) -> list[Tensor]:
         """The stream behind every layer."""
-        positions = torch.arange(embeddings.shape[1]).expand(embeddings.shape[:2])
-        cos, sin = rotary(positions, model.config, embeddings.dtype)
-        taps = [embeddings]
+        context, taps = model.context(embeddings), [embeddings]
         for layer in model.layers:
-            taps.append(layer(taps[-1], cos, sin, None, None, 0, None))
+            taps.append(layer(taps[-1], context))
         return taps
 
     run = torch.compile(streams, dynamic=False) if compiled else streams
