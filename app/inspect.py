@@ -31,9 +31,7 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError("--image and --answer show a prompt, and a prompt needs a question behind the model")
     extension = _extension(args.model)
     source = lm_folder(extension["lm"]) if extension else args.model
-    checkpoint = open_checkpoint(
-        source, text_layers_only=args.text_layers_only, ignore_fields=args.ignore_field
-    )
+    checkpoint = open_checkpoint(source, text_layers_only=args.text_layers_only, ignore_fields=args.ignore_field)
     tokenizer, missing = _tokenizer(checkpoint.folder)
     encoder = _encoder(EncoderConfig(**extension["encoder"])) if extension else None
     if args.question is None:

@@ -53,8 +53,7 @@ class Checkpoint:
             if tensor.shape != self.shapes[name]:
                 gives = "" if len(found) == 1 else f" and gives {name} {list(tensor.shape)}"
                 raise ValueError(
-                    f"{file}: {entry.stored} is {list(stored.shape)}{gives}, the config says "
-                    f"{list(self.shapes[name])}"
+                    f"{file}: {entry.stored} is {list(stored.shape)}{gives}, the config says {list(self.shapes[name])}"
                 )
         return found
 
@@ -93,9 +92,7 @@ def read_config(
 def _read_hf(file: Path, text_layers_only: bool, ignore_fields: Collection[str]) -> HfLayout:
     if not file.is_file():
         raise ValueError(f"{file}: no such file; a LLaMA folder holds config.json (or Meta's params.json) and weights")
-    return read_hf_config(
-        _read_json(file), str(file), text_layers_only=text_layers_only, ignore_fields=ignore_fields
-    )
+    return read_hf_config(_read_json(file), str(file), text_layers_only=text_layers_only, ignore_fields=ignore_fields)
 
 
 def open_checkpoint(

@@ -64,6 +64,7 @@ class Context:
     temperature: Tensor | None  # [B, 1, S, 1], scale of the queries of layers without rotary positions
     cache: KVCache | None
     slots: Tensor | None  # [S]
+    reads_cache: bool  # whether the mask is over the cache's slots; else the cache is only filled
 
 
 class Attention(nn.Module):
@@ -94,7 +95,7 @@ class Attention(nn.Module):
         if context.cache is not None:
             assert context.slots is not None
             cached = context.cache.update(self.layer, context.slots, k, v)
-            if context.mask is not None:  # without one, the cache was empty, and the new positions are all there is
+            if context.reads_cache:
                 k, v = cached
         out = self._attend(q, k, v, context)
         return self.wo(out.transpose(1, 2).reshape(batch, length, -1))
@@ -208,25 +209,27 @@ class Llama(nn.Module):
         """What the layers need beside the stream; arguments as in `hidden`."""
         config, chunk_mask, temperature = self.config, None, None
         batch, length, _ = embeddings.shape
-        counted = positions is None
+        counted, reads_cache = positions is None, cache is not None and mask is not None
         if positions is None:
             positions = torch.arange(length, device=embeddings.device).expand(batch, length)
         if cache is not None:
             assert slots is not None
             cache.positions.index_copy_(1, slots, positions.expand(batch, length))
-        seen = positions if cache is None else cache.positions  # positions that the mask's columns stand for
+        seen = (
+            cache.positions if cache is not None and reads_cache else positions
+        )  # positions that the mask's columns stand for
         cos, sin = rotary(positions, config, embeddings.dtype)
         if config.attention_chunk is not None:
             if mask is None and not counted and int(positions.max()) >= config.attention_chunk:
                 causal = torch.ones(length, length, dtype=torch.bool, device=embeddings.device).tril()
-                mask, seen = causal[None, None], positions
+                mask = causal[None, None]
             if mask is not None:
                 chunks, seen_chunks = positions // config.attention_chunk, seen // config.attention_chunk
                 chunk_mask = mask & (chunks[:, None, :, None] == seen_chunks[:, None, None, :])
         if config.nope_layers and config.temperature_floor is not None:
             steps = torch.floor((positions.float() + 1.0) / config.temperature_floor)
             temperature = (torch.log1p(steps) * config.temperature_scale + 1.0)[:, None, :, None]
-        return Context(cos, sin, mask, config.attention_chunk, chunk_mask, temperature, cache, slots)
+        return Context(cos, sin, mask, config.attention_chunk, chunk_mask, temperature, cache, slots, reads_cache)
 
     def hidden(
         self,

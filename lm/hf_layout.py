@@ -55,7 +55,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 _HARMLESS = frozenset(
     """architectures model_type dtype torch_dtype transformers_version use_cache initializer_range attention_dropout
-    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id decoder_start_token_id
+    dropout     bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id decoder_start_token_id
     pretraining_tp output_attentions output_hidden_states return_dict chunk_size_feed_forward is_decoder id2label
     label2id problem_type tokenizer_class max_sequence_length unsloth_version unsloth_fixed torchscript
     name_or_path cross_attention_hidden_size finetuning_task prefix task_specific_params tie_encoder_decoder
@@ -105,7 +105,7 @@ def read_hf_config(
         raise ValueError(f"{file}: model_type is {kind!r}; what can be read is llama, llama4 and the text of mllama")
     known = {"llama4": _LLAMA_4_FIELDS, "mllama": {"cross_attention_layers"}}.get(kind, frozenset())
     _refuse_unknown(raw, file, known, ignore_fields)
-    missing = [_FIELDS[ours] for ours in _REQUIRED if raw.get(_FIELDS[ours]) is None]
+    missing = sorted(_FIELDS[ours] for ours in _REQUIRED if raw.get(_FIELDS[ours]) is None)
     if missing:
         raise ValueError(f"{file}: lacks {', '.join(missing)}")
     values = {ours: raw[theirs] for ours, theirs in _FIELDS.items() if raw.get(theirs) is not None}
@@ -162,7 +162,7 @@ def _rope(raw: dict[str, Any], file: str, *, default_theta: float, length: int) 
     for name, value in (("rope_parameters", new), ("rope_scaling", old)):
         if not isinstance(value, dict):
             raise ValueError(f"{file}: {name} is {value!r}; it is an object with a rope_type")
-    written = {**new, **old}
+    written = old or new  # as transformers does: the old name wins where both are written
     unknown = sorted(written.keys() - _ROPE_KNOWN)
     kind = written.get("rope_type", written.get("type", "default"))
     if kind not in ("default", "linear", "dynamic", "llama3", "yarn") or unknown:
@@ -172,7 +172,7 @@ def _rope(raw: dict[str, Any], file: str, *, default_theta: float, length: int) 
         )
     if written.get("partial_rotary_factor", 1.0) not in (None, 1.0):
         raise ValueError(f"{file}: partial_rotary_factor is {written['partial_rotary_factor']}; only 1.0 can be read")
-    theta = written.get("rope_theta") or raw.get("rope_theta") or default_theta
+    theta = written.get("rope_theta") or raw.get("rope_theta") or new.get("rope_theta") or default_theta
     if kind == "default":
         return {"rope_theta": theta}
     values = {ours: written[theirs] for ours, theirs in _ROPE_FIELDS.items() if written.get(theirs) is not None}

@@ -69,7 +69,7 @@ def test_what_stands_in_the_padding_does_not_matter(model, rows, logits_of):
 
 def test_padding_makes_nothing_that_is_not_a_number(model, rows):
     masks, streams = [], []
-    model.layers[0].register_forward_pre_hook(lambda module, inputs: masks.append(inputs[3]))
+    model.layers[0].register_forward_pre_hook(lambda module, inputs: masks.append(inputs[1].mask))
     model.layers[-1].register_forward_hook(lambda module, inputs, output: streams.append(output))
     tokens_of(model, rows, max_new_tokens=3)
     assert len(streams) == 3 and all(stream.isfinite().all() for stream in streams)
