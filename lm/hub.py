@@ -36,6 +36,8 @@ def resolve(
     Raises:
         ValueError: `source` is neither, or cannot be fetched: the message says which, why, and what to do.
     """
+    if source == "":
+        raise ValueError("no model is named; expected a folder, or owner/name on the hub")
     folder = Path(source).expanduser()
     if folder.is_dir():
         if revision is not None:
@@ -101,7 +103,7 @@ def _reason(name: str, revision: str | None, error: Exception) -> str:
         return f"{absent}not a name that the hub would take ({_first_line(error)})"
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
         part = "only in part" if isinstance(error, IncompleteSnapshotError) else "not"
-        return f"{absent}{part} in the hub's cache {cache}; HF_HUB_OFFLINE is set, unset it to fetch it"
+        return f"{absent}{part} in the cache {cache}; HF_HUB_OFFLINE is set, unset it to fetch it"
     if isinstance(error, GatedRepoError):
         return f"{name}: gated; ask for access on {host}/{name}, then `hf auth login` or set HF_TOKEN"
     if isinstance(error, RevisionNotFoundError):
@@ -115,8 +117,8 @@ def _reason(name: str, revision: str | None, error: Exception) -> str:
         )
     last = _first_line(causes[-1])
     if isinstance(error, LocalEntryNotFoundError):
-        return f"{absent}{host} cannot be reached ({last}), nor is it whole in the hub's cache {cache}; try again"
-    return f"{name}: fetching from {host} failed ({last}); nothing half-fetched is kept, try again"
+        return f"{absent}fetching it from {host} failed ({last}), nor is it whole in the cache {cache}; try again"
+    return f"{name}: fetching from {host} failed ({last}); try again"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -163,7 +163,7 @@ class ModelParallelStore(TensorStore):
         return torch.cat(parts, dim=0 if cut == "rows" else 1)
 
     def _distinct(self, name: str, parts: list[Tensor]) -> list[Tensor]:
-        """Where there are more files than key-value heads (405 B in 16 files), neighbours hold copies of one head."""
+        """Where there are more files than key-value heads, neighbours hold copies of one head."""
         copies = max(1, len(parts) // (self._params.get("n_kv_heads") or len(parts)))
         return [self._alike(name, parts[start : start + copies]) for start in range(0, len(parts), copies)]
 
