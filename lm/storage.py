@@ -147,6 +147,7 @@ class _ShardStore(TensorStore):
         self._index = index
         self._where: dict[str, TensorFile] = {}
         self._last: TensorFile | None = None
+        self._unchecked: set[TensorFile] = set()
         for path in paths:
             file = open_file(path)
             # The header of a safetensors file costs nothing; a .bin is believed to hold what its index says until it
@@ -157,6 +158,7 @@ class _ShardStore(TensorStore):
                     index.check(file)
             else:
                 names = index.names_in(path)
+                self._unchecked.add(file)
             for name in names:
                 if name in self._where:
                     raise ValueError(
@@ -164,6 +166,8 @@ class _ShardStore(TensorStore):
                         "take away the files that are not of this checkpoint"
                     )
                 self._where[name] = file
+        if all(isinstance(file, SafetensorsFile) for file in self._where.values()):
+            self._where = {name: self._where[name] for name in sorted(self._where, key=self.numel, reverse=True)}
 
     def names(self) -> list[str]:
         return list(self._where)
@@ -189,7 +193,8 @@ class _ShardStore(TensorStore):
         if file is not self._last:
             if self._last is not None:
                 self._last.close()  # one .bin at a time: the oldest kind is held whole
-            if self._index is not None:
+            if file in self._unchecked and self._index is not None:
                 self._index.check(file)
+                self._unchecked.remove(file)
             self._last = file
         return file

@@ -48,11 +48,18 @@ class TensorStore(ABC):
 
     @abstractmethod
     def names(self) -> list[str]:
-        """Every tensor, in the order in which reading is cheapest."""
+        """Every tensor, in the order in which converting them needs least memory: the largest come first.
+
+        While one is converted it stands in memory twice; that counts least while few others are there. Of `.bin` files
+        one is opened after the other.
+        """
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
         """Its shape, without reading the data."""
+
+    def numel(self, name: str) -> int:
+        return math.prod(self.shape(name))
 
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
@@ -131,7 +138,7 @@ class SafetensorsFile(TensorFile):
         return self._header[name]
 
     def names(self) -> list[str]:
-        return sorted(self._header, key=lambda name: self._header[name]["data_offsets"])
+        return sorted(self._header, key=self.numel, reverse=True)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._entry(name)["shape"])
@@ -210,7 +217,7 @@ class TorchFile(TensorFile):
         if self._meta is None:
             self._load()
         assert self._meta is not None
-        return list(self._meta)
+        return sorted(self._meta, key=self.numel, reverse=True)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.meta(name).shape)

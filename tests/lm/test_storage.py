@@ -92,6 +92,13 @@ def test_every_layout_gives_the_same_tensors(state, tmp_path, layout):
         assert store.file_of(name).is_file()
 
 
+@pytest.mark.parametrize("layout", ["safetensors", "safetensors shards", "safetensors shards unindexed", "bin"])
+def test_largest_tensors_come_first(state, tmp_path, layout):
+    write(state, tmp_path, layout)
+    names = open_store(tmp_path).names()
+    assert names[0] == "model.layers.0.mlp.up_proj.weight" and names[-1] == "model.norm.weight"
+
+
 @pytest.mark.parametrize("layout", ["safetensors", "bin", "bin old"])
 def test_one_file_is_opened_whatever_it_is_called(state, tmp_path, layout):
     write(state, tmp_path, layout)
