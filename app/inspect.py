@@ -15,8 +15,9 @@ import torch
 from visplice.app.memory import main_memory, size_text
 from visplice.lm.checkpoint import Checkpoint, open_checkpoint
 from visplice.lm.config import LlamaConfig, family_of
-from visplice.lm.extension import EMBEDDED, embedded_folder, lm_folder, read_extension, template_named
-from visplice.lm.prompt import IGNORE, PromptBuilder, VisualTokens, template_for
+from visplice.lm.extension import EMBEDDED, embedded_folder, lm_folder, read_extension
+from visplice.lm.prompt import IGNORE, PromptBuilder, VisualTokens
+from visplice.lm.templates import template_for
 from visplice.lm.tokenizer import Tokenizer
 from visplice.lm.vision_llama import user_message
 from visplice.vision.encoder import EncoderConfig, VisionEncoder
@@ -43,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(missing)
     for file in args.image:
         open_image(file)
-    template = template_named(extension["template"]) if extension else template_for(tokenizer, args.template)
+    template = template_for(tokenizer, args.template or (extension["template"] if extension else None))
     visual = VisualTokens(
         vocab_size=checkpoint.config.vocab_size, count=encoder.num_tokens if encoder else args.visual_tokens
     )

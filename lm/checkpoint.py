@@ -174,6 +174,8 @@ def load_llama(
     for entry in checkpoint.entries:
         for name, stored in zip(entry.weights, checkpoint.read(entry), strict=True):
             fingerprint.add(name, stored)
+            if name == "tok_embeddings.weight" and checkpoint.config.tie_embeddings:
+                fingerprint.add("output.weight", stored)  # state_dict() has the tied table under both names
             owner, _, leaf = name.rpartition(".")
             weight = stored.to(device=device, dtype=dtype or stored.dtype).contiguous()
             setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
