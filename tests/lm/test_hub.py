@@ -110,19 +110,13 @@ class Hub:
         if files is None:
             return self.send(request, 404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         commit = self.commit(files)
+        if "/tree/" in path:
+            oids = {name: hashlib.sha1(data).hexdigest() for name, data in files.items()}
+            tree = [{"type": "file", "oid": oids[name], "size": len(files[name]), "path": name} for name in files]
+            return self.send(request, 200, json.dumps(tree).encode())
         if match[1]:
-            if "/tree/" in path:
-                entries = [
-                    {"type": "file", "oid": hashlib.sha1(data).hexdigest(), "size": len(data), "path": name}
-                    for name, data in files.items()
-                ]
-                return self.send(request, 200, json.dumps(entries).encode())
-            siblings = [{"rfilename": name} for name in files]
-            info = {"id": "lab/llama", "modelId": "lab/llama", "sha": commit, "siblings": siblings}
-            return self.send(request, 200, json.dumps(info).encode())
+            return self.send(request, 200, json.dumps({"id": "lab/llama", "sha": commit, "siblings": []}).encode())
         name = match[3]
-        if name not in files:
-            return self.send(request, 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         etag = f'"{hashlib.sha256(files[name]).hexdigest()}"'
         self.send(request, 200, files[name], {"ETag": etag, "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}, name)
 
@@ -245,15 +239,8 @@ def test_name_is_fetched_once_and_only_what_is_read(hub, ask):
 def test_revision_is_a_branch_or_a_commit(hub, ask):
     other = FILES | {"config.json": b'{"model_type": "llama", "second": true}'}
     hub.revisions["v2"] = other
-    first, second, third, fourth = map(
-        folder_of,
-        ask(
-            "lab/llama",
-            "lab/llama@v2",
-            {"source": "lab/llama", "revision": "v2"},
-            f"lab/llama@{hub.commit(FILES)}",
-        ),
-    )
+    calls = ["lab/llama", "lab/llama@v2", {"source": "lab/llama", "revision": "v2"}, f"lab/llama@{hub.commit(FILES)}"]
+    first, second, third, fourth = map(folder_of, ask(*calls))
     assert second == third != first == fourth
     assert (second / "config.json").read_bytes() == other["config.json"]
     assert (second / "model.safetensors").read_bytes() == WEIGHTS
@@ -332,7 +319,9 @@ def test_repository_that_may_not_be_read_says_how_to_log_in_and_never_the_token(
     assert hub.tokens == {f"Bearer {TOKEN}"}
 
 
-def test_server_out_of_reach_is_told_from_offline(hub, ask):
+def test_server_that_fails_or_is_out_of_reach_is_told_from_offline(hub, ask):
+    hub.status["/api/models/lab/llama"] = (500, None)
+    assert re.fullmatch(rf"error lab/llama: .*{hub.url} .*500.*; try again", ask("lab/llama"))
     hub.stop()
     assert re.fullmatch(
         rf"error lab/llama: no such folder, and fetching it from {hub.url} failed \(.*refused.*\), nor is it "
@@ -343,11 +332,6 @@ def test_server_out_of_reach_is_told_from_offline(hub, ask):
         r"error lab/llama: no such folder, and not in the cache \S+home/hub; HF_HUB_OFFLINE is set, unset it .*",
         ask("lab/llama", offline=True),
     )
-
-
-def test_server_that_fails_is_told(hub, ask):
-    hub.status["/api/models/lab/llama"] = (500, None)
-    assert re.fullmatch(rf"error lab/llama: .*{hub.url} .*500.*; try again", ask("lab/llama"))
 
 
 FULL = """
