@@ -50,7 +50,6 @@ for arguments in json.loads(sys.argv[1]):
         print("ok", resolve(arguments.pop("source"), **arguments))
     except ValueError as error:
         print("error", error)
-print("hub imported" if "huggingface_hub" in sys.modules else "hub not imported")
 """
 
 
@@ -170,9 +169,8 @@ def ask(hub, tmp_path):
         )
         assert result.returncode == 0, result.stderr
         assert TOKEN not in result.stdout + result.stderr
-        *answers, imported = result.stdout.splitlines()
+        answers = result.stdout.splitlines()
         assert len(answers) == len(calls), result.stdout  # one line each
-        assert imported == "hub imported"
         return answers if len(answers) > 1 else answers[0]
 
     return run
@@ -268,9 +266,7 @@ def test_weights_are_fetched_whatever_their_layout(hub, ask, read, not_read):
 
 def test_repository_without_weights_is_refused_unless_none_are_wanted(hub, ask):
     hub.revisions["main"] = {"config.json": b"{}", "model-q4.gguf": b"never"}
-    assert re.fullmatch(
-        r"error lab/llama: holds no weights that can be read; expected model\.safetensors, .*", ask("lab/llama")
-    )
+    assert ask("lab/llama").startswith("error lab/llama: holds no weights that can be read; expected model.safetensors")
     hub.revisions["main"] = FILES
     hub.fetched()
     folder = folder_of(ask({"source": "lab/llama", "files": ["tokenizer*"], "weights": False}))
