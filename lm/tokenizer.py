@@ -1,52 +1,106 @@
-"""Tokenizers: text to ids and back, and ids to text while they stream."""
+"""Tokenizers: text to ids and back, and ids to text while they stream; one class for every LLaMA."""
 
-from collections.abc import Sequence
+import codecs
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-import tokenizers
+from visplice.lm.tokenizer_files import open_tokenizer
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer:
-    """A `tokenizer.json` file (the Hugging Face tokenizers format).
+    """The tokenizer of a LLaMA, whichever file it comes in (see `tokenizer_files`).
 
     Control tokens are reached through `control` alone: text that spells one is encoded as the letters it is made of.
+    Ordinary text comes back from `decode(encode(text))` as it was, where the file itself keeps it: a `tokenizer.json`
+    that puts a blank only before text without one cannot tell the two apart, and SentencePiece writes U+2581 for a
+    blank. A lone surrogate, which UTF-8 cannot hold, counts as U+FFFD.
     """
 
+    vocab_size: int  # ids, control tokens included
+    bos_id: int | None
+    eos_id: int | None
+
     def __init__(self, path: str | Path) -> None:
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        self._tokenizer.encode_special_tokens = True
-        self._controls = {
-            token.content: index for index, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
-        }
+        self._file = open_tokenizer(Path(path))
+        self.vocab_size = self._file.vocab_size
+        self.bos_id, self.eos_id = self._file.bos_id, self._file.eos_id
+        self._controls = dict(self._file.controls)
+        self._bytes: dict[int, bytes] = {}
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
-        """Reads a `tokenizer.json` file or the folder that holds one.
+        """Reads a tokenizer file or the model folder that holds one.
 
         Raises:
-            ValueError: there is no such file, or it is not a tokenizer.
+            ValueError: there is no such file, or it is not a LLaMA's tokenizer.
         """
-        path = Path(path)
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
-            raise ValueError(f"{file}: no such tokenizer file; a model folder holds its tokenizer.json")
-        try:
-            return cls(file)
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise ValueError(f"{file}: not a tokenizer.json ({error})") from error
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids, control tokens included."""
-        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+        return cls(path)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without begin or end tokens."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._file.encode(_without_surrogates(text))
+
+    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids as from `encode`, and for each the index in `text` of the first character that it covers.
+
+        Starts never decrease. A blank that the tokenizer puts before the text starts where the text does; the tokens
+        of one character's bytes all start at that character.
+        """
+        return self._file.encode_with_starts(_without_surrogates(text))
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template: str | None = None,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
+        """Ids of a conversation; `visplice.lm.prompt.encode_chat` says what messages, templates and tools are."""
+        from visplice.lm import prompt  # which imports this module
+
+        return prompt.encode_chat(
+            self, messages, template=template, add_generation_prompt=add_generation_prompt, tools=tools
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; control tokens are left out."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        """Text of the ids; control tokens are left out, and bytes that are no character show as U+FFFD.
+
+        Raises:
+            ValueError: an id is not in the vocabulary.
+        """
+        data = b"".join([self.token_bytes(token) for token in ids])
+        if self._file.drops_blank and data.startswith(b" "):
+            data = data[1:]
+        return data.decode("utf-8", errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """What the token adds to a text, in UTF-8: perhaps a part of a character, and nothing for a control token.
+
+        Raises:
+            ValueError: the id is not in the vocabulary.
+        """
+        data = self._bytes.get(token)
+        if data is None:
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"id {token} is not in the tokenizer's vocabulary; ids are 0 to {self.vocab_size - 1}")
+            data = self._bytes[token] = self._file.token_bytes(token)
+        return data
+
+    @property
+    def drops_blank(self) -> bool:
+        """Whether the blank that a text's first token begins with belongs to the tokenizer, not to the text."""
+        return self._file.drops_blank
+
+    @property
+    def controls(self) -> Mapping[str, int]:
+        """Control tokens and their ids."""
+        return MappingProxyType(self._controls)
 
     def control(self, token: str) -> int:
         """Id of a control token.
@@ -55,38 +109,45 @@ class Tokenizer:
             ValueError: the tokenizer has no such control token.
         """
         if token not in self._controls:
-            known = ", ".join(sorted(self._controls)) or "none"
-            raise ValueError(f"the tokenizer has no control token {token!r}; it has {known}")
+            known = sorted(name for name in self._controls if "reserved_special_token" not in name)
+            names = ", ".join(known) or "none"
+            if reserved := len(self._controls) - len(known):
+                names += f" and {reserved} reserved ones"
+            raise ValueError(f"the tokenizer has no control token {token!r}; it has {names}")
         return self._controls[token]
 
 
 class StreamDecoder:
-    """Text of a growing id sequence, handed out only in complete characters.
+    """Text of a growing id sequence, handed out only in complete characters; in all, what `decode` makes of the ids.
 
-    A character of several bytes may spread over several tokens; until its last byte is there, a decoder shows the
-    replacement character, which must not reach the reader.
+    A character of several bytes may spread over several tokens: its bytes wait here until the last one has come.
     """
-
-    _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._done = 0  # ids whose text was handed out
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._drops_blank = tokenizer.drops_blank  # until there is text: only the first piece loses its blank
 
     def push(self, token: int) -> str:
-        """The text that `token` completes, perhaps empty."""
-        self._ids.append(token)
-        # The ids before are decoded along, since a token's text can depend on what stands before it.
-        before = self._tokenizer.decode(self._ids[: self._done])
-        text = self._tokenizer.decode(self._ids)
-        if text.endswith(self._BROKEN):
-            return ""
-        self._done = len(self._ids)
-        return text[len(before) :]
+        """The text that `token` completes, perhaps empty.
+
+        Raises:
+            ValueError: the id is not in the vocabulary.
+        """
+        data = self._tokenizer.token_bytes(token)
+        if self._drops_blank and data:
+            self._drops_blank = False
+            data = data.removeprefix(b" ")
+        return self._utf8.decode(data)
 
     def flush(self) -> str:
         """What is left when the sequence ends inside a character."""
-        before = self._tokenizer.decode(self._ids[: self._done])
-        self._done = len(self._ids)
-        return self._tokenizer.decode(self._ids)[len(before) :]
+        return self._utf8.decode(b"", final=True)
+
+
+def _without_surrogates(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
+    return text
