@@ -84,7 +84,6 @@ def _reason(name: str, revision: str | None, error: Exception) -> str:
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
-        IncompleteSnapshotError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -102,7 +101,7 @@ def _reason(name: str, revision: str | None, error: Exception) -> str:
     if isinstance(error, HFValidationError):
         return f"{absent}not a name that the hub would take ({_first_line(error)})"
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
-        part = "only in part" if isinstance(error, IncompleteSnapshotError) else "not"
+        part = "only in part" if type(error).__name__ == "IncompleteSnapshotError" else "not"  # not in all versions
         return f"{absent}{part} in the cache {cache}; HF_HUB_OFFLINE is set, unset it to fetch it"
     if isinstance(error, GatedRepoError):
         return f"{name}: gated; ask for access on {host}/{name}, then `hf auth login` or set HF_TOKEN"
