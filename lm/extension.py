@@ -20,7 +20,7 @@ from visplice.lm.checkpoint import load_llama
 from visplice.lm.decoder import Llama
 from visplice.lm.fingerprint import fingerprint
 from visplice.lm.hub import resolve
-from visplice.lm.prompt import TEMPLATES, Template
+from visplice.lm.templates import template_named
 from visplice.lm.tokenizer import Tokenizer
 from visplice.lm.vision_llama import VisionLlama
 from visplice.projector.mlp import Projector, ProjectorConfig
@@ -52,13 +52,6 @@ def load_backbones(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the decoder only {llama.config.vocab_size} rows"
         )
     return VisionEncoder(encoder).to(device=device, dtype=dtype), llama, tokenizer
-
-
-def template_named(name: str) -> Template:
-    """The prompt template of that name; ValueError lists the names when there is none."""
-    if name not in TEMPLATES:
-        raise ValueError(f"template {name!r} is unknown; there is {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
 
 
 def save_extension(model: VisionLlama, folder: str | Path, *, lm: str) -> None:

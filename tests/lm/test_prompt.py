@@ -1,10 +1,12 @@
 import re
+from importlib.resources import files
 
 import pytest
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from visplice.lm.prompt import IGNORE, TURNS, PromptBuilder, Template, VisualTokens
+from visplice.lm.templates import Text
 from visplice.lm.tokenizer import Tokenizer
 
 # One id a word, so that every prompt can be written out by hand.
@@ -20,6 +22,7 @@ _ = IGNORE
 def words(tmp_path_factory):
     backend = Backend(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(WORDS[:5])
     file = tmp_path_factory.mktemp("words") / "tokenizer.json"
     backend.save(str(file))
@@ -174,7 +177,53 @@ def test_message_that_cannot_be_is_refused(builder, messages, message):
         builder.build(messages)
 
 
+def test_message_that_is_no_mapping_is_refused(builder):
+    with pytest.raises(ValueError, match="message 1 is 'what'; it has a role and content"):
+        builder.build(["what"])
+
+
 @pytest.mark.parametrize("messages", [[], [user("what"), assistant("red")]])
 def test_nothing_to_answer_is_refused(builder, messages):
     with pytest.raises(ValueError, match="nothing to answer"):
         builder.build(messages, add_generation_prompt=True)
+
+
+def test_prompts_of_the_embedded_model_are_those_it_was_trained_on():
+    tokenizer = Tokenizer.from_pretrained(str(files("visplice.lm") / "weights"))
+    assert tokenizer.vocab_size == 450
+    builder = PromptBuilder(tokenizer, TURNS, VisualTokens(vocab_size=450, count=2))
+    asked = [text("And how many squares are there?"), text("Count <|end|>!")]
+    messages = [user("<image>\nWhat color is the circle?"), assistant("red"), user(asked), assistant("two squares")]
+    prompt = builder.build([*messages, user("where is it? \n")], add_generation_prompt=True)
+    first = [1, 3, 450, 452, 452, 451, 370, 381, 270, 264, 332, 35, 4]
+    second = [3, 225, 37, 277, 225, 76, 310, 377, 403, 300, 278, 35]
+    second += [225, 39, 438, 82, 88, 225, 32, 96, 73, 277, 96, 34, 5, 4]
+    third = [3, 225, 91, 391, 270, 268, 88, 35, 225, 4]
+    red, squares = [353, 2], [261, 91, 83, 403, 2]
+    assert prompt.ids == [*first, *red, *second, *squares, *third]
+    assert prompt.labels == [*[_] * len(first), *red, *[_] * len(second), *squares, *[_] * len(third)]
+
+
+def test_a_token_across_the_edge_of_an_answer_is_not_supervised(words):
+    class Doubles:
+        """Two characters a token."""
+
+        controls = words.controls
+        control = words.control
+
+        def encode_with_starts(self, text):
+            starts = list(range(0, len(text), 2))
+            return [100 + start for start in starts], starts
+
+    template = Template(
+        name="other", user=(Text("ab"),), assistant=(Text("c"),), answer="d", end=("<|end|>",), joined=True
+    )
+    prompt = PromptBuilder(Doubles(), template, VisualTokens(vocab_size=15, count=3)).build(
+        [user("x"), assistant("yz")]
+    )
+    # "abxcdyz": ab xc dy z
+    assert prompt.ids == [100, 102, 104, 106, END]
+    assert prompt.labels == [_, _, 104, 106, END]
+    prompt = PromptBuilder(Doubles(), template, VisualTokens(vocab_size=15, count=3)).build([user(""), assistant("yz")])
+    # "abcdyz": ab cd yz
+    assert prompt.labels == [_, _, 104, END]
