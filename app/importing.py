@@ -40,9 +40,9 @@ def main(args: argparse.Namespace) -> int:
         _check_tokenizer(tokenizer, checkpoint)
     try:
         _write(checkpoint, out, dtype)
-        for name in _COPIED if tokenizer is not None else ():
-            if (tokenizer / name).is_file():
-                shutil.copyfile(tokenizer / name, out / name)
+        for file in [tokenizer / name for name in _COPIED] if tokenizer else ():
+            if file.is_file():
+                shutil.copyfile(file, out / file.name)
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)  # an interrupted import leaves nothing that could be taken for whole
         raise

@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _patches(encoder: VisionEncoder | None, visual: VisualTokens) -> int:
-    """Patches among the visual tokens of a picture; without an encoder, the largest square that leaves at most a CLS."""
+    """Patches among a picture's visual tokens; without an encoder, all if they make a square, else all but a CLS."""
     if encoder is not None:
         return encoder.num_patches
     return visual.count - (math.isqrt(visual.count) ** 2 != visual.count)

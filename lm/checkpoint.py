@@ -60,12 +60,17 @@ class Checkpoint:
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
         """Shapes of all weights, by the config."""
-        return _shapes(self.config)
+        return _shapes(self.skeleton)
+
+    @cached_property
+    def skeleton(self) -> Llama:
+        """The decoder on the meta device."""
+        with torch.device("meta"):
+            return Llama(self.config)
 
 
-def _shapes(config: LlamaConfig) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in Llama(config).state_dict().items()}
+def _shapes(model: Llama) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -168,8 +173,10 @@ def load_llama(
         ValueError: a file is missing or broken, or tensors are missing, unknown or of another shape.
     """
     checkpoint = open_checkpoint(source, text_layers_only=text_layers_only, ignore_fields=ignore_fields)
-    with torch.device("meta"):
-        model = Llama(checkpoint.config)
+    shapes, model = checkpoint.shapes, checkpoint.skeleton
+    assert shapes.keys() == {name for entry in checkpoint.entries for name in entry.weights} | (
+        {"output.weight"} if checkpoint.config.tie_embeddings else set()
+    )
     fingerprint = Fingerprint()
     for entry in checkpoint.entries:
         for name, stored in zip(entry.weights, checkpoint.read(entry), strict=True):
@@ -223,7 +230,8 @@ def write_llama(
     entries = hf_entries(HfLayout(config=config, kind=kind, layers=tuple(range(config.num_layers))))
     shards: list[list[Entry]] = [[]]
     sizes, room = {}, 0
-    shapes = _shapes(config)
+    with torch.device("meta"):
+        shapes = _shapes(Llama(config))
     for entry in entries:
         size = sum(shapes[name].numel() for name in entry.weights) * dtype.itemsize
         if shards[-1] and room + size > max_shard:

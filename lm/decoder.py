@@ -153,7 +153,10 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        table = torch.empty(config.vocab_size, config.dim)
+        if not table.is_meta:  # on the meta device, nn.Embedding's own start takes a second of imports
+            nn.init.normal_(table, std=0.02)
+        self.tok_embeddings = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -280,7 +283,7 @@ class Llama(nn.Module):
             ids: int64 `[B, S]`, unequal lengths padded on the left.
             lengths: `[B]`, real positions of each row, the last ones; default all.
             stop_ids: tokens that end a row.
-            sampling: how to draw; or its fields of `visplice.lm.generate.Sampling` as keyword arguments (greedy by default).
+            sampling: how to draw (greedy by default); or the fields of `Sampling` as keyword arguments.
         Returns:
             `[B, S + n]`: the ids and what follows, a row that has ended filled up with the token that ended it.
         Raises:

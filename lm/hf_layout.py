@@ -94,7 +94,8 @@ def read_hf_config(
     Raises:
         ValueError: not a LLaMA, or fields that are missing, unknown, or ask for what is not built here.
     """
-    kind, left_out = raw.get("model_type"), ()
+    kind = raw.get("model_type")
+    left_out: tuple[str, ...] = ()
     if kind in ("llama4", "mllama") and isinstance(raw.get("text_config"), dict):
         _refuse_unknown(raw, file, _OUTER_FIELDS, ignore_fields)
         left_out = ("the vision model and its projector",)

@@ -81,6 +81,24 @@ class VisionLlama(nn.Module):
         projected = self.projector(features.to(self.projector.sentinels.dtype))
         return splice(ids, self.lm.tok_embeddings.weight, self.projector.sentinels, projected, self.visual)
 
+    def forward(self, ids: Tensor, pixels: Tensor | None = None) -> Tensor:
+        """Logits `[B, S, V]` for ids `[B, S]` with image blocks, and the normalised pictures `[M, 3, H, W]` in them.
+
+        Text alone takes the decoder's own path, bit by bit.
+
+        Raises:
+            ValueError: image blocks and pictures do not match.
+        """
+        count = 0 if pixels is None else len(pixels)
+        starts = (ids == self.visual.start).sum(1).tolist()
+        if sum(starts) != count:
+            raise ValueError(slots_differ("the batch", sum(starts), count))
+        for number, (row, own) in enumerate(zip(ids.tolist(), starts, strict=True), 1):
+            check_slots(row, self.visual, own, sample=f"row {number}")
+        if pixels is None or not count:
+            return self.lm(ids)
+        return self.lm.logits(self.lm.hidden(self.embed(ids, self.features(pixels))))
+
     # --- talking ---
 
     def generate(
@@ -117,16 +135,31 @@ class VisionLlama(nn.Module):
                     row.append(token)
         return [self.tokenizer.decode(row) for row in answers]
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], sampling: Sampling | None = None, **options: Any) -> str:
-        """Answers the last user message; image parts carry their source: `{"type": "image", "image": ...}`."""
-        return "".join(self.stream(messages, sampling, **options))
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling: Sampling | None = None,
+        *,
+        tools: Sequence[Any] | None = None,
+        **options: Any,
+    ) -> str:
+        """Answers the last message; image parts carry their source: `{"type": "image", "image": ...}`.
+
+        With `tools`, in families that know them, the answer can be a call: `visplice.lm.tools.parse_tool_call`.
+        """
+        return "".join(self.stream(messages, sampling, tools=tools, **options))
 
     def stream(
-        self, messages: Sequence[Mapping[str, Any]], sampling: Sampling | None = None, **options: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling: Sampling | None = None,
+        *,
+        tools: Sequence[Any] | None = None,
+        **options: Any,
     ) -> Iterator[str]:
         """`chat`, in pieces of complete characters as they are made."""
         decoder = StreamDecoder(self.tokenizer)
-        for step in self._steps([messages], _one_sampling(sampling, options)):
+        for step in self._steps([messages], _one_sampling(sampling, options), tools):
             assert step[0] is not None
             if piece := decoder.push(step[0]):
                 yield piece
@@ -134,10 +167,13 @@ class VisionLlama(nn.Module):
             yield piece
 
     def _steps(
-        self, conversations: Sequence[Sequence[Mapping[str, Any]]], sampling: Sampling
+        self,
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        sampling: Sampling,
+        tools: Sequence[Any] | None = None,
     ) -> Iterator[list[int | None]]:
         images = [images_of(messages) for messages in conversations]
-        built = [self.prompts.build(messages, add_generation_prompt=True) for messages in conversations]
+        built = [self.prompts.build(messages, add_generation_prompt=True, tools=tools) for messages in conversations]
         rows = self._embed_prompts(built, images)
         embeddings, lengths = pad_left(rows)
         return generate(self.lm, embeddings, lengths, sampling, self.prompts.stop_ids)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from visplice.app.cli import build_parser
+from visplice.train.scene_data import write_training
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -42,11 +43,21 @@ def test_files_that_the_readme_names_exist() -> None:
         assert (ROOT / name).is_file(), name
 
 
-def test_python_block_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(ROOT)
-    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    exec(compile(block, "README.md", "exec"), {})
-    assert re.fullmatch(r"\['\d'\]", capsys.readouterr().out.strip())
+PYTHON = dict(enumerate(re.findall(r"```python\n(.*?)```", README, flags=re.S)))
+PRINTS = {0: r"\['\d'\]", 1: r"\['.*'\]", 2: r"circle"}
+
+
+@pytest.mark.parametrize("number", PYTHON)
+def test_python_block_runs(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder that holds what the block reads: shards as the demo writes them."""
+    write_training(tmp_path / "runs/demo/data/train", count=16, seed=0)
+    for name in ("app", "lm"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(PYTHON[number], "README.md", "exec"), {})
+    assert re.fullmatch(PRINTS[number], capsys.readouterr().out.strip().splitlines()[-1])
 
 
 def test_rebuild_command_is_understood() -> None:

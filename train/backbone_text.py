@@ -31,7 +31,7 @@ from visplice.train.backbone_optim import optimizers, schedule, step_all
 TEXT_STEPS, PRACTICE_STEPS = 3200, 1600
 # What is still weak after the even mixture is asked more often: for the rest a share is enough to keep it.
 PRACTICE = ("comparison",) * 4 + ("count",) * 2 + ("background", "color", "shape", "existence", "position")
-TEXT_SHAPE = {"dim": 256, "num_layers": 5, "num_heads": 8, "num_kv_heads": 4, "ffn_dim": 512}
+TEXT_SHAPE: dict[str, Any] = {"dim": 256, "num_layers": 5, "num_heads": 8, "num_kv_heads": 4, "ffn_dim": 512}
 CONTROLS = ("<|pad|>", "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>")
 
 

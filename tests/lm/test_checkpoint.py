@@ -150,7 +150,7 @@ def test_arithmetic_that_is_not_built_is_refused(folder, changes, message):
 
 def test_unknown_field_can_be_named_as_harmless(folder):
     edit_config(folder, my_notes="hello")
-    with pytest.raises(ValueError, match="my_notes = 'hello'; .*ignore_fields"):
+    with pytest.raises(ValueError, match=r"my_notes = 'hello'; .*ignore_fields"):
         load_llama(folder)
     assert load_llama(folder, ignore_fields=["my_notes"]).config == read_config(folder, ignore_fields=["my_notes"])
 

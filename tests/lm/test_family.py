@@ -198,7 +198,7 @@ def test_llama_3_2_vision_is_refused_with_an_offer_and_its_text_layers_open(tmp_
 
 def test_llama_4_with_its_vision_opens_as_text(pair, tmp_path, ids):
     """The published folders nest the text under `text_config` and `language_model.`, vision tensors beside it."""
-    theirs, ours, folder = pair
+    _, ours, folder = pair
     if not ours.config.num_experts:
         pytest.skip("not a LLaMA 4")
     from safetensors.torch import load_file, save_file

@@ -284,3 +284,35 @@ def test_full_size_shape(tokenizer, image_size, num_visual):
     embeddings = model.embed(ids, features)
     assert embeddings.shape == (1, length, 4096)
     assert model.lm.logits(model.lm.hidden(embeddings)[:, -1]).shape == (1, 32_000)
+
+
+@torch.inference_mode()
+def test_text_alone_has_the_decoders_own_logits_to_the_bit(make_vision_llama):
+    model = make_vision_llama()
+    alone = Llama(model.lm.config).eval()
+    alone.load_state_dict(model.lm.state_dict())
+    ids = torch.randint(0, 320, (3, 40))
+    expected = alone(ids)
+    assert torch.equal(model(ids), expected)
+    # And by the way of training, where rows with and without pictures share a batch.
+    embeddings = model.embed(ids, torch.zeros(0, model.visual.count, model.projector.config.d_vision))
+    assert torch.equal(model.lm.logits(model.lm.hidden(embeddings)), expected)
+
+
+@torch.inference_mode()
+def test_forward_is_the_splice_and_counts_pictures(make_vision_llama, pictures):
+    model = make_vision_llama()
+    rows = [
+        model.prompts.build([user_message(text, [picture])]).ids for text, picture in zip("ab", pictures, strict=False)
+    ]
+    ids, pixels = torch.tensor(rows), model.pixels(pictures[:2])
+    expected = model.lm.logits(model.lm.hidden(model.embed(ids, model.features(pixels))))
+    assert torch.equal(model(ids, pixels), expected)
+    with pytest.raises(ValueError, match="2 image slots but 1 image was given"):
+        model(ids, pixels[:1])
+    with pytest.raises(ValueError, match="2 image slots but 0 images were given"):
+        model(ids)
+    broken = ids.clone()
+    broken[1, 5] = 7
+    with pytest.raises(ValueError, match="row 2: "):
+        model(broken, pixels)
