@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from visplice.lm.checkpoint import save_llama
+from visplice.lm.config import LlamaConfig, RopeScaling
+from visplice.lm.decoder import Llama
 from visplice.lm.extension import EMBEDDED, load_extension
 from visplice.train.backbone_vision import VISION
 from visplice.train.data.module import ShardData
@@ -47,3 +50,29 @@ def test_stage_2_trains(tmp_path: Path) -> None:
     data = ShardData(str(tmp_path / "data"), batch_size=8)
     fit(module, data, tmp_path / "out", max_steps=3, seed=0, accelerator="gpu", precision="bf16-mixed")
     assert load_extension(tmp_path / "out").projector.config.hidden == 32
+
+
+FAMILY = {
+    "dense": LlamaConfig(vocab_size=96, dim=64, num_layers=2, num_heads=8, num_kv_heads=2, ffn_dim=128),
+    "sparse": LlamaConfig(
+        vocab_size=96, dim=64, num_layers=4, num_heads=8, num_kv_heads=2, ffn_dim=128, num_experts=4, expert_dim=64,
+        moe_layers=(1, 3), nope_layers=(3,), attention_chunk=16, qk_norm=True, temperature_floor=8,
+        rope=RopeScaling(kind="llama3", factor=16.0, high_freq_factor=1.0),
+    ),
+}  # fmt: skip
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("member", FAMILY)
+def test_family_has_the_logits_and_tokens_of_the_cpu(member: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Llama(FAMILY[member])
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn_like(parameter) * 1.5 / parameter.shape[-1] ** 0.5 + (parameter.ndim == 1))
+    save_llama(model, tmp_path)
+    here, there = Llama.from_pretrained(tmp_path), Llama.from_pretrained(tmp_path, device="cuda")
+    ids = torch.randint(0, 96, (2, 50))
+    assert (here(ids) - there(ids.cuda()).cpu()).abs().max() < 1e-3
+    assert torch.equal(here.generate(ids, max_new_tokens=40), there.generate(ids.cuda(), max_new_tokens=40).cpu())
+    half = Llama.from_pretrained(tmp_path, device="cuda", dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and half(ids.cuda()).isfinite().all()
