@@ -65,6 +65,7 @@ def generate(
     sampling: Sampling,
     stop_ids: Collection[int],
     *,
+    num_ids: int | None = None,
     keep_stops: bool = False,
     check_length: bool = True,
 ) -> Iterator[list[int | None]]:
@@ -76,6 +77,7 @@ def generate(
         lengths: `[B]`, positions of each row that are real; the last ones.
         sampling: how to draw.
         stop_ids: tokens that end a row.
+        num_ids: the first ids, which alone may be drawn; tables are often padded past their tokenizer.
         keep_stops: hand out the token that ends a row, too.
         check_length: refuse more positions than the model was made for.
     Yields:
@@ -107,7 +109,7 @@ def generate(
     generators = [torch.Generator(device=device).manual_seed(seed) for _ in range(batch)]
     ended = [False] * batch
     for step in range(sampling.max_new_tokens):
-        tokens = draw(logits, sampling, generators)
+        tokens = draw(logits[:, :num_ids], sampling, generators)
         drawn: list[int] = tokens.tolist()
         stops = [token in stop_ids for token in drawn]
         silent = ended if keep_stops else [done or stop for done, stop in zip(ended, stops, strict=True)]

@@ -37,6 +37,7 @@ class JsonFile:
                     f"{file}: text that spells {min(spelled)!r} would be encoded as that control token; "
                     "keep it out of the model's own vocabulary"
                 )
+        self._spaced = self._tokenizer.decoder is None  # the library then puts a blank between tokens
         self._byte_level, self._replacements, self.drops_blank = _decoder_of(self._tokenizer, file)
         config = read_object(file.with_name("tokenizer_config.json"))
         self.bos_id = self._named_in("bos_token", config, _BEGIN_NAMES, file)
@@ -63,6 +64,8 @@ class JsonFile:
             return _from_byte_level(piece)
         if match := _BYTE_TOKEN.fullmatch(piece):
             return bytes.fromhex(match[1])
+        if self._spaced:
+            return f" {piece}".encode()
         for old, new in self._replacements:
             piece = piece.replace(old, new)
         return piece.encode()
@@ -116,7 +119,9 @@ def _decoder_of(tokenizer: Any, file: Path) -> tuple[bool, list[tuple[str, str]]
 
     The library decodes whole sequences only; a stream needs the bytes of single tokens.
     """
-    decoder: Any = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else {"type": "null"}
+    if tokenizer.decoder is None:
+        return False, [], True
+    decoder: Any = json.loads(tokenizer.decoder.__getstate__())
     steps: list[dict[str, Any]] = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     byte_level = fused = drops_blank = False
     replacements = []

@@ -176,7 +176,8 @@ class VisionLlama(nn.Module):
         built = [self.prompts.build(messages, add_generation_prompt=True, tools=tools) for messages in conversations]
         rows = self._embed_prompts(built, images)
         embeddings, lengths = pad_left(rows)
-        return generate(self.lm, embeddings, lengths, sampling, self.prompts.stop_ids)
+        known = self.tokenizer.vocab_size
+        return generate(self.lm, embeddings, lengths, sampling, self.prompts.stop_ids, num_ids=known)
 
     @torch.inference_mode()
     def _embed_prompts(self, built: Sequence[Prompt], images: Sequence[Sequence[Source]]) -> list[Tensor]:

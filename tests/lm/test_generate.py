@@ -203,3 +203,15 @@ def test_random_numbers_of_others_are_left_alone(model, rows, settings):
 def test_sampling_that_cannot_be_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**settings)
+
+
+@torch.inference_mode()
+def test_rows_of_the_table_that_the_tokenizer_lacks_are_never_drawn(model, rows):
+    model.output.weight[-4:] = model.output.weight[:4] * 50  # the likeliest by far
+    embeddings, lengths = pad_left(rows)
+    size = len(model.output.weight)
+    free = list(generate(model, embeddings, lengths, Sampling(max_new_tokens=8), ()))
+    assert any(token >= size - 4 for step in free for token in step)
+    for sampling in (Sampling(max_new_tokens=8), Sampling(max_new_tokens=8, temperature=2.0, seed=0)):
+        drawn = list(generate(model, embeddings, lengths, sampling, (), num_ids=size - 4))
+        assert all(token < size - 4 for step in drawn for token in step)
