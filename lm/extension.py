@@ -51,7 +51,9 @@ def load_backbones(
         raise ValueError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the decoder only {llama.config.vocab_size} rows"
         )
-    return VisionEncoder(encoder).to(device=device, dtype=dtype), llama, tokenizer
+    vision = VisionEncoder(encoder)
+    vision.vit.fingerprint = fingerprint(vision.vit)  # before the cast, which rounds
+    return vision.to(device=device, dtype=dtype), llama, tokenizer
 
 
 def save_extension(model: VisionLlama, folder: str | Path, *, lm: str) -> None:

@@ -93,16 +93,6 @@ def test_broken_torch_is_named(
     assert "does not import (libtorch.so: cannot open shared object file); install it anew" in out
 
 
-def test_sizes() -> None:
-    assert [doctor._size(n) for n in (0, 1023, 1024, 1536 * 1024, 3 * 1024**3)] == [
-        "0 B",
-        "1023 B",
-        "1.0 KiB",
-        "1.5 MiB",
-        "3.0 GiB",
-    ]
-
-
 def test_requirements_leave_out_the_extras() -> None:
     requirements = doctor._requirements()
     assert requirements["jsonargparse"].startswith("jsonargparse[signatures]")

@@ -110,11 +110,12 @@ def test_full_disk_is_one_clear_error_and_leaves_the_old_files(trained, monkeypa
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-def test_projector_is_saved_in_full_precision_and_opened_so_beside_half_precision_backbones(trained, pictures):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_projector_is_saved_in_full_precision_and_opened_so_beside_half_precision_backbones(trained, pictures, dtype):
     model, folder = trained
-    opened = load_extension(folder, dtype=torch.bfloat16)
+    opened = load_extension(folder, dtype=dtype)
     assert {p.dtype for p in opened.projector.parameters()} == {torch.float32}
-    assert {p.dtype for p in (*opened.lm.parameters(), *opened.encoder.parameters())} == {torch.bfloat16}
+    assert {p.dtype for p in (*opened.lm.parameters(), *opened.encoder.parameters())} == {dtype}
     assert torch.equal(opened.projector.linear_1.weight, model.projector.linear_1.weight)
     assert len(opened.generate(pictures, QUESTIONS, max_new_tokens=2)) == 3
 
