@@ -36,7 +36,7 @@ class Align(FrozenBackbones, L.LightningModule):
         template: str = "turns",
         temperature: float = 0.07,
         subtract_mean: bool = True,
-        optim: OptimConfig | None = None,
+        optim: OptimConfig = OptimConfig(),
     ) -> None:
         """Builds the model from its frozen parts.
 
@@ -50,7 +50,7 @@ class Align(FrozenBackbones, L.LightningModule):
             optim: learning rate and schedule.
         """
         super().__init__()
-        self.lm_source, self.subtract_mean, self.optim = lm, subtract_mean, optim or OptimConfig()
+        self.lm_source, self.subtract_mean, self.optim = lm, subtract_mean, optim
         if not temperature > 0:
             raise ValueError(f"model.temperature is {temperature}; it is positive")
         vision, llama, tokenizer = load_backbones(encoder, lm)

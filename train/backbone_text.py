@@ -28,9 +28,26 @@ from visplice.lm.tokenizer import Tokenizer
 from visplice.train import scenes
 from visplice.train.backbone_optim import optimizers, schedule, step_all
 
-TEXT_STEPS, PRACTICE_STEPS = 3200, 1600
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """One course of training, from the peak of the learning rate down to nothing."""
+
+    steps: int
+    lr: float
+    kinds: tuple[str, ...] = scenes.QUESTION_TYPES  # what is asked, a kind named twice twice as often
+    easy: float = 0.0  # share of the steps until scenes are as full and as variously told as they get
+
+
 # What is still weak after the even mixture is asked more often: for the rest a share is enough to keep it.
-PRACTICE = ("comparison",) * 4 + ("count",) * 2 + ("background", "color", "shape", "existence", "position")
+_REST = ("background", "color", "shape", "existence", "position")
+COURSES = (
+    Course(steps=3200, lr=0.01, easy=0.2),
+    Course(steps=1200, lr=0.006, kinds=("comparison",) * 4 + ("count",) * 2 + _REST),
+    Course(steps=900, lr=0.006, kinds=("comparison",) * 6 + ("count",) * 3 + ("background",) + _REST),
+)
+BINDING_LAYER = 2  # behind which the last word of a phrase has to carry what the phrase tells of
+FINDING_LAYER = 4  # behind which it has to be known what a question is about
 TEXT_SHAPE: dict[str, Any] = {"dim": 256, "num_layers": 5, "num_heads": 8, "num_kv_heads": 4, "ffn_dim": 512}
 CONTROLS = ("<|pad|>", "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>")
 
@@ -191,8 +208,7 @@ def init_llama(model: Llama) -> None:
 def train_text(
     out: Path,
     *,
-    steps: int,
-    practice_steps: int,
+    courses: Sequence[Course] = COURSES,
     seed: int,
     batch: int = 12,
     width: int = 192,
@@ -206,20 +222,21 @@ def train_text(
     init_llama(model)
     print(f"vocabulary {config.vocab_size}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     heads = nn.ModuleDict({"objects": AttributeHeads(config.dim), "asked": AttributeHeads(config.dim)})
-    easy_to_hard = TextBatches(tokenizer, seed + 1, batch, width, easy=max(1, steps // 5))
-    teach(model, heads, easy_to_hard, steps=steps, lr=0.01, out=out, compiled=compiled)
-    practice = TextBatches(tokenizer, seed + 3, batch, width, easy=1, kinds=PRACTICE)
-    teach(model, heads, practice, steps=practice_steps, lr=0.006, out=out, compiled=compiled)
+    for number, course in enumerate(courses):
+        easy = max(1, int(course.easy * course.steps))
+        batches = TextBatches(tokenizer, seed + 1 + 2 * number, batch, width, easy, course.kinds)
+        teach(model, heads, batches, course, out=out, compiled=compiled)
 
 
 def teach(
-    model: Llama, heads: nn.ModuleDict, batches: TextBatches, *, steps: int, lr: float, out: Path, compiled: bool
+    model: Llama, heads: nn.ModuleDict, batches: TextBatches, course: Course, *, out: Path, compiled: bool
 ) -> None:
-    """One course of training, from the peak of the learning rate down to nothing; writes the model as it goes."""
+    """One course; writes the model as it goes."""
+    steps = course.steps
     named = [*model.named_parameters(), *heads.named_parameters(prefix="heads")]
     hidden = [p for n, p in named if p.dim() == 2 and n.startswith("layers.")]
     others = [p for n, p in named if not (p.dim() == 2 and n.startswith("layers."))]
-    optimizer_list = optimizers(hidden, others, lr=lr)
+    optimizer_list = optimizers(hidden, others, lr=course.lr)
 
     def streams(embeddings: Tensor) -> list[Tensor]:
         """The stream behind every layer."""
@@ -243,8 +260,8 @@ def teach(
         supervised = answers != IGNORE
         text = (targets != pad) & ~supervised
         # Which words belong together is hard to find from answers alone; said outright, it is learnt in minutes.
-        binding = heads["objects"](taps[2].float(), drawn.objects)
-        finding = heads["asked"](taps[4].float(), drawn.asked)
+        binding = heads["objects"](taps[BINDING_LAYER].float(), drawn.objects)
+        finding = heads["asked"](taps[FINDING_LAYER].float(), drawn.asked)
         loss = losses[supervised].mean() + 0.1 * losses[text].mean() + binding + finding
         loss.backward()
         step_all(optimizer_list, share)

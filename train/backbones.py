@@ -6,9 +6,10 @@ Neither ever sees a combination of colour, shape and position that `visplice.tra
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
-from visplice.train.backbone_text import PRACTICE_STEPS, TEXT_STEPS, train_text
+from visplice.train.backbone_text import COURSES, train_text
 from visplice.train.backbone_vision import VISION_STEPS, train_vision
 
 
@@ -21,8 +22,13 @@ def main() -> None:
         "--out", type=Path, default=Path("runs/backbones"), help="gets lm/ and vision/ (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--text-steps", type=int, default=TEXT_STEPS, help="default: %(default)s")
-    parser.add_argument("--practice-steps", type=int, default=PRACTICE_STEPS, help="default: %(default)s")
+    parser.add_argument(
+        "--text-steps",
+        type=int,
+        nargs=len(COURSES),
+        default=[course.steps for course in COURSES],
+        help="of the courses, one after the other; default: %(default)s",
+    )
     parser.add_argument("--vision-steps", type=int, default=VISION_STEPS, help="default: %(default)s")
     parser.add_argument(
         "--compile", action="store_true", help="compile, and multiply in bfloat16: needs a C++ compiler"
@@ -33,8 +39,7 @@ def main() -> None:
     if args.part in ("text", "both"):
         train_text(
             args.out / "lm",
-            steps=args.text_steps,
-            practice_steps=args.practice_steps,
+            courses=[replace(course, steps=steps) for course, steps in zip(COURSES, args.text_steps, strict=True)],
             seed=args.seed,
             compiled=args.compile,
         )

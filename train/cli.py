@@ -31,6 +31,9 @@ class StageCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         out = self._get(self.config, "out")  # no link_arguments: jsonargparse checks a link before `out` has a value
+        for name in ("logger", "default_root_dir"):
+            if (given := self._get(self.config, f"trainer.{name}")) is not None:
+                raise ValueError(f"trainer.{name} is {given!r}; logs and checkpoints go to --out {out}")
         return super().instantiate_trainer(logger=loggers(out), default_root_dir=out, **kwargs)
 
     def before_fit(self) -> None:

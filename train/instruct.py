@@ -27,7 +27,7 @@ class Instruct(FrozenBackbones, L.LightningModule):
         hidden: int = 1024,
         template: str = "turns",
         max_length: int = 1024,
-        optim: OptimConfig | None = None,
+        optim: OptimConfig = OptimConfig(),
     ) -> None:
         """Builds the model from its frozen parts.
 
@@ -41,7 +41,7 @@ class Instruct(FrozenBackbones, L.LightningModule):
             optim: learning rate and schedule.
         """
         super().__init__()
-        self.lm_source, self.optim = lm, optim or OptimConfig()
+        self.lm_source, self.optim = lm, optim
         vision, llama, tokenizer = load_backbones(encoder, lm)
         if not 0 < max_length <= llama.config.max_seq_len:
             raise ValueError(

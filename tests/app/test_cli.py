@@ -176,6 +176,8 @@ def test_validate_reports_on_the_validation_shards(stage, data, tmp_path, capsys
         (["--dtype", "int8"], "--dtype is 'int8'; it is one of float32, bfloat16, float16"),
         (["--device", "abacus"], "abacus"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--trainer.logger", "false"], "trainer.logger is False; logs and checkpoints go to --out out"),
+        (["--trainer.default_root_dir", "x"], "trainer.default_root_dir is 'x'; logs and checkpoints go to --out"),
     ],
 )
 def test_mistake_is_named_with_status_2(words, named, data, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """What the two small backbones are taught, and the files that ship."""
 
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -112,7 +113,7 @@ def test_objects_and_background_are_marked_behind_their_last_word(tokenizer, tol
 
 
 def test_object_is_marked_behind_its_name_and_where_an_answer_about_it_begins(tokenizer, told):
-    batches = TextBatches(tokenizer, seed=5, batch=8, width=192, easy=1, kinds=backbone_text.PRACTICE)
+    batches = TextBatches(tokenizer, seed=5, batch=8, width=192, easy=1, kinds=backbone_text.COURSES[1].kinds)
     _, batch = islice(batches, 2)
     marked = {"about": 0, "background": 0, "mentions": 0}
     for ids, asked, made in zip(batch.ids.tolist(), batch.asked.tolist(), told[-8:], strict=True):
@@ -207,7 +208,8 @@ def test_trained_text_backbone_is_a_llama_folder(tmp_path, monkeypatch):
         return Tokenizer(path)
 
     monkeypatch.setattr(backbone_text, "build_tokenizer", shipped)  # which reads 20,000 scenes
-    train_text(tmp_path / "lm", steps=2, practice_steps=1, seed=0, batch=2, width=128)
+    courses = [replace(course, steps=2) for course in backbone_text.COURSES]
+    train_text(tmp_path / "lm", courses=courses, seed=0, batch=2, width=128)
     llama, tokenizer = load_llama(tmp_path / "lm"), Tokenizer.from_pretrained(tmp_path / "lm")
     assert llama.config.vocab_size == tokenizer.vocab_size
     assert llama(torch.tensor([tokenizer.encode("a red circle")])).isfinite().all()
