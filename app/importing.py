@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is {'not empty' if out.is_dir() else 'a file'}; give a new or an empty folder")
     checkpoint = open_checkpoint(args.source, text_layers_only=args.text_layers_only, ignore_fields=args.ignore_field)
-    dtype = pick_dtype(args.dtype) if args.dtype else checkpoint.store.dtype(checkpoint.entries[0].stored)
+    dtype = pick_dtype(args.dtype) if args.dtype else checkpoint.dtype
     tokenizer = _tokenizer_folder(checkpoint.folder)
     if tokenizer is not None:
         _check_tokenizer(tokenizer, checkpoint)

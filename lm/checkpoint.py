@@ -57,6 +57,12 @@ class Checkpoint:
                 )
         return found
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the embedding table is stored as; now and then a checkpoint keeps its norms in another."""
+        table = next(entry for entry in self.entries if "tok_embeddings.weight" in entry.weights)
+        return self.store.dtype(table.stored)
+
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
         """Shapes of all weights, by the config."""
@@ -184,7 +190,7 @@ def load_llama(
             if name == "tok_embeddings.weight" and checkpoint.config.tie_embeddings:
                 fingerprint.add("output.weight", stored)  # state_dict() has the tied table under both names
             owner, _, leaf = name.rpartition(".")
-            weight = stored.to(device=device, dtype=dtype or stored.dtype).contiguous()
+            weight = stored.to(device=device, dtype=dtype or checkpoint.dtype).contiguous()
             setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
     if checkpoint.config.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight

@@ -179,7 +179,7 @@ class Llama(nn.Module):
         Args:
             path: a Hugging Face folder (safetensors or .bin, whole or in shards), a Meta folder (`params.json` beside
                 `consolidated.NN.pth`), or a hub name.
-            dtype: of the weights, which are cast while they are read; None keeps the stored one.
+            dtype: of the weights, which are cast while they are read; None keeps that of the embedding table.
             device: where the weights go, one tensor at a time.
             text_layers_only: of LLaMA 3.2 Vision, open the text layers and leave the cross-attention out.
             ignore_fields: fields of `config.json` that are unknown here and known to you to be harmless.

@@ -60,6 +60,15 @@ def test_dtype_is_converted_on_the_way_out_and_on_the_way_in(make_llama, tmp_pat
     assert torch.equal(loaded.norm.weight, model.norm.weight.half().bfloat16())
 
 
+def test_without_a_dtype_the_stored_one_stays_and_odd_tensors_follow_the_table(folder):
+    state = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+    state["model.norm.weight"] = state["model.norm.weight"].float()
+    save_file(state, folder / "model.safetensors")
+    loaded = load_llama(folder)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert loaded(torch.tensor([[1, 2, 3]])).dtype == torch.bfloat16
+
+
 def test_fields_that_config_json_leaves_out_are_what_hugging_face_takes_them_for(tmp_path):
     from transformers import LlamaConfig as TheirConfig
 
