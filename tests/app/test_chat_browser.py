@@ -113,7 +113,7 @@ def test_a_picture_is_talked_about(browser: Any, command: tuple[subprocess.Popen
     assert [text.strip() for text in questions] == [first.question, second]
 
     if picture := os.environ.get("VISPLICE_SCREENSHOT"):
-        tab.question.fill("Describe the picture.")
+        tab.question.fill("Is the square left of the star?")
         tab.question.press("Enter")
         tab.answered(3)
         tab.page.mouse.move(0, 0)
