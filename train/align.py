@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visplice.lm.extension import load_backbones, template_named
+from visplice.lm.extension import load_backbones
+from visplice.lm.templates import template_for
 from visplice.lm.vision_llama import VisionLlama
 from visplice.projector.mlp import Projector, ProjectorConfig, rms
 from visplice.train.data.prepare import AlignPreparer
@@ -33,7 +34,7 @@ class Align(FrozenBackbones, L.LightningModule):
         encoder: EncoderConfig,
         lm: str,
         hidden: int = 1024,
-        template: str = "turns",
+        template: str | None = None,
         temperature: float = 0.07,
         subtract_mean: bool = True,
         optim: OptimConfig = OptimConfig(),
@@ -44,7 +45,7 @@ class Align(FrozenBackbones, L.LightningModule):
             encoder: the vision transformer.
             lm: folder of the LLaMA, or 'embedded'.
             hidden: width inside the projector.
-            template: how prompts are written; saved with the projector.
+            template: how prompts are written, saved with the projector; None takes what the tokenizer shows.
             temperature: where the learned temperature starts.
             subtract_mean: take the batch mean off the caption embeddings; raw means share a large common vector.
             optim: learning rate and schedule.
@@ -55,7 +56,7 @@ class Align(FrozenBackbones, L.LightningModule):
             raise ValueError(f"model.temperature is {temperature}; it is positive")
         vision, llama, tokenizer = load_backbones(encoder, lm)
         projector = Projector(ProjectorConfig(d_vision=vision.dim, d_lm=llama.config.dim, hidden=hidden))
-        self.model = VisionLlama(vision, projector, llama, tokenizer, template_named(template))
+        self.model = VisionLlama(vision, projector, llama, tokenizer, template_for(tokenizer, template))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
         self.preparer = AlignPreparer(transform=vision.transform, tokenizer=tokenizer)
         projector.sentinels.requires_grad_(False)  # they take no part in this stage

@@ -7,7 +7,8 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from visplice.lm.extension import load_backbones, load_trained_projector, template_named
+from visplice.lm.extension import load_backbones, load_trained_projector
+from visplice.lm.templates import template_for
 from visplice.lm.vision_llama import VisionLlama
 from visplice.projector.mlp import Projector, ProjectorConfig, rms
 from visplice.train.data.prepare import InstructPreparer
@@ -25,7 +26,7 @@ class Instruct(FrozenBackbones, L.LightningModule):
         lm: str,
         aligned: str | None = None,
         hidden: int = 1024,
-        template: str = "turns",
+        template: str | None = None,
         max_length: int = 1024,
         optim: OptimConfig = OptimConfig(),
     ) -> None:
@@ -36,7 +37,7 @@ class Instruct(FrozenBackbones, L.LightningModule):
             lm: folder of the LLaMA, or 'embedded'.
             aligned: extension folder that stage 1 wrote; without it the projector starts fresh.
             hidden: width inside a fresh projector; an aligned one keeps its own.
-            template: how prompts are written.
+            template: how prompts are written; None takes what the tokenizer's control tokens show.
             max_length: positions of one sample, visual tokens included; turns that do not fit are dropped and counted.
             optim: learning rate and schedule.
         """
@@ -52,7 +53,7 @@ class Instruct(FrozenBackbones, L.LightningModule):
             projector = load_trained_projector(aligned, vision, llama)
         else:
             projector = Projector(ProjectorConfig(d_vision=vision.dim, d_lm=llama.config.dim, hidden=hidden))
-        self.model = VisionLlama(vision, projector, llama, tokenizer, template_named(template))
+        self.model = VisionLlama(vision, projector, llama, tokenizer, template_for(tokenizer, template))
         self.preparer = InstructPreparer(
             transform=vision.transform,
             prompts=self.model.prompts,

@@ -11,6 +11,9 @@ from visplice.train.backbone_vision import VISION
 from visplice.train.data.module import ShardData
 from visplice.train.scene_data import write_training
 from visplice.train.trainer import fit
+from visplice.vision._torchvision import declare_missing_operators
+
+declare_missing_operators()  # transformers, which writes checkpoints here, imports torchvision
 
 
 @pytest.fixture(scope="session")
