@@ -76,6 +76,6 @@ def _write(checkpoint: Checkpoint, out: Path, dtype: torch.dtype) -> None:
         def weight(name: str) -> Tensor:
             entry, part = source[name]
             bar.update()
-            return checkpoint.read(entry)[part]
+            return checkpoint.read(entry, dtype=dtype)[part]
 
         write_llama(checkpoint.config, weight, out, dtype=dtype)

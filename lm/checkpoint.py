@@ -36,13 +36,16 @@ class Checkpoint:
     entries: tuple[Entry, ...]
     told_left_out: tuple[str, ...] = ()  # what is stored beside the decoder, in words
 
-    def read(self, entry: Entry) -> tuple[Tensor, ...]:
+    def read(self, entry: Entry, *, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """The weights of one stored tensor: CPU, stored dtype, memory-mapped where the files allow it.
+
+        `dtype` is what they will be cast to; where it is another, the whole tensor is about to be read.
 
         Raises:
             ValueError: it has another shape than the config says.
         """
-        stored, file = self.store.get(entry.stored), self.store.file_of(entry.stored)
+        file, whole = self.store.file_of(entry.stored), dtype not in (None, self.store.dtype(entry.stored))
+        stored = self.store.get(entry.stored, whole=whole)
         try:
             found = tuple(entry.read(stored))
         except (RuntimeError, ValueError) as error:
@@ -179,18 +182,19 @@ def load_llama(
         ValueError: a file is missing or broken, or tensors are missing, unknown or of another shape.
     """
     checkpoint = open_checkpoint(source, text_layers_only=text_layers_only, ignore_fields=ignore_fields)
+    dtype = dtype or checkpoint.dtype
     shapes, model = checkpoint.shapes, checkpoint.skeleton
     assert shapes.keys() == {name for entry in checkpoint.entries for name in entry.weights} | (
         {"output.weight"} if checkpoint.config.tie_embeddings else set()
     )
     fingerprint = Fingerprint()
     for entry in checkpoint.entries:
-        for name, stored in zip(entry.weights, checkpoint.read(entry), strict=True):
+        for name, stored in zip(entry.weights, checkpoint.read(entry, dtype=dtype), strict=True):
             fingerprint.add(name, stored)
             if name == "tok_embeddings.weight" and checkpoint.config.tie_embeddings:
                 fingerprint.add("output.weight", stored)  # state_dict() has the tied table under both names
             owner, _, leaf = name.rpartition(".")
-            weight = stored.to(device=device, dtype=dtype or checkpoint.dtype).contiguous()
+            weight = stored.to(device=device, dtype=dtype).contiguous()
             setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
     if checkpoint.config.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight

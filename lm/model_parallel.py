@@ -125,7 +125,7 @@ class ModelParallelStore(TensorStore):
     def dtype(self, name: str) -> torch.dtype:
         return self._slices(name)[0].dtype(name)
 
-    def get(self, name: str) -> Tensor:
+    def get(self, name: str, *, whole: bool = False) -> Tensor:
         return self._join(name, [file.get(name) for file in self._slices(name)])
 
     def file_of(self, name: str) -> Path:

@@ -178,8 +178,8 @@ class _ShardStore(TensorStore):
     def dtype(self, name: str) -> torch.dtype:
         return self._open(name).dtype(name)
 
-    def get(self, name: str) -> Tensor:
-        return self._open(name).get(name)
+    def get(self, name: str, *, whole: bool = False) -> Tensor:
+        return self._open(name).get(name, whole=whole)
 
     def file_of(self, name: str) -> Path:
         if name not in self._where:
