@@ -107,6 +107,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
+    options, rest = parser.parse_known_args(words)
+    if options.verb == "inspect" and options.question is None and len(rest) == 1 and not rest[0].startswith("-"):
+        options.question = rest.pop()  # argparse takes an optional word only right behind the one before it
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status. What a user can cause ends in one line and status 2."""
     # Spinning threads starve each other as soon as one other process is busy; must be set before torch is imported.
@@ -117,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words and words[0] in _STAGES:
             import_module("visplice.train.cli").run(words[0], words[1:])
             return 0
-        options = parser.parse_args(words)
+        options = _parse(parser, words)
         if options.verb is None:
             parser.print_help()
             return 2

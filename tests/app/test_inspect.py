@@ -59,6 +59,15 @@ def test_table_is_the_sequence_that_the_model_gets(tmp_path, capsys):
     assert "<|assistant|>" in lines[-1]
 
 
+def test_question_may_stand_behind_the_picture(tmp_path, capsys):
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "red.png")
+    picture = ("--image", tmp_path / "red.png")
+    assert shown(capsys, "embedded", *picture, "What?") == shown(capsys, "embedded", "What?", *picture)
+    with pytest.raises(SystemExit, match="2"):
+        main(["inspect", "embedded", *map(str, picture), "What?", "else"])
+    assert "unrecognized arguments: What? else" in capsys.readouterr().err
+
+
 def test_answer_shows_the_labels_of_training(capsys):
     _, *lines = shown(capsys, "embedded", "What is it?", "--answer", "a red circle").splitlines()
     model = load_extension("embedded")
