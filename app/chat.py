@@ -30,7 +30,7 @@ from visplice.app.make_examples import EXAMPLES, assets
 from visplice.lm.extension import EMBEDDED, load_extension
 from visplice.lm.generate import Sampling
 from visplice.lm.vision_llama import VisionLlama
-from visplice.train import scenes
+from visplice.train import scene_words, scenes
 from visplice.vision.image import ImageError, open_image
 
 PREVIEW = 1024  # longest side of the picture that is sent back to the page, pixels
@@ -81,7 +81,7 @@ def shapes_note() -> str:
             *(f"- **{label}:** {', '.join(names)}" for label, names in rows),
             "",
             "Ask about color, shape, number, existence, position, or compare two shapes; or write "
-            f"“{scenes.DESCRIBE[0]}” or “{scenes.TELL}”",
+            f"“{scene_words.DESCRIBE[0]}” or “{scene_words.TELL}”",
             "",
             "`visplice chat --model FOLDER` opens another model.",
         ]
@@ -98,7 +98,7 @@ def model_note(model: VisionLlama, folder: str) -> str:
 
 def create_app(model: VisionLlama, *, title: str, note: str, seed: int | None = None) -> gr.Blocks:
     """Builds the page; `note` is Markdown, and `seed` fixes what sampling draws."""
-    hints = (scenes.DESCRIBE[0], scenes.TELL, "How many shapes are there?", "Is there a circle?")
+    hints = (scene_words.DESCRIBE[0], scene_words.TELL, "How many shapes are there?", "Is there a circle?")
     most = max(1, model.lm.config.max_seq_len // 2)
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
         session = gr.State(Session())

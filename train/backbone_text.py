@@ -25,7 +25,7 @@ from visplice.lm.config import LlamaConfig
 from visplice.lm.decoder import Llama, rotary
 from visplice.lm.prompt import IGNORE, TURNS, PromptBuilder, VisualTokens
 from visplice.lm.tokenizer import Tokenizer
-from visplice.train import scenes
+from visplice.train import scene_words, scenes
 from visplice.train.backbone_optim import optimizers, schedule, step_all
 
 
@@ -35,7 +35,7 @@ class Course:
 
     steps: int
     lr: float
-    kinds: tuple[str, ...] = scenes.QUESTION_TYPES  # what is asked, a kind named twice twice as often
+    kinds: tuple[str, ...] = scene_words.QUESTION_TYPES  # what is asked, a kind named twice twice as often
     easy: float = 0.0  # share of the steps until scenes are as full and as variously told as they get
 
 
@@ -59,13 +59,13 @@ def build_tokenizer(path: Path, seed: int) -> Tokenizer:
     def corpus() -> Iterator[str]:
         for _ in range(20_000):
             scene = scenes.sample_scene(rng, scenes.TRAIN)
-            yield scenes.describe(scene, rng).text
-            yield scenes.caption(scene)
-            for question in scenes.ask(scene, rng, 6):
+            yield scene_words.describe(scene, rng).text
+            yield scene_words.caption(scene)
+            for question in scene_words.ask(scene, rng, 6):
                 yield question.text
                 yield question.answer
-            yield scenes.facts(scene, rng, 10)
-        for text in (*scenes.DESCRIBE, scenes.TELL):
+            yield scene_words.facts(scene, rng, 10)
+        for text in (*scene_words.DESCRIBE, scene_words.TELL):
             yield from [text] * 200
 
     tokenizer = tokenizers.Tokenizer(models.BPE())
@@ -116,7 +116,7 @@ class TextBatches:
         batch: int,
         width: int,
         easy: int,
-        kinds: Sequence[str] = scenes.QUESTION_TYPES,
+        kinds: Sequence[str] = scene_words.QUESTION_TYPES,
     ) -> None:
         self._builder = PromptBuilder(tokenizer, TURNS, VisualTokens(vocab_size=tokenizer.vocab_size, count=0))
         self.pad, self._assistant = tokenizer.control("<|pad|>"), tokenizer.control("<|assistant|>")
@@ -126,14 +126,16 @@ class TextBatches:
     def _sequence(self, ease: float) -> tuple[list[int], list[int], dict[int, list[int]], dict[int, list[int]]]:
         rng, encode = self._rng, self._builder.tokenizer.encode
         scene = scenes.sample_scene(rng, scenes.TRAIN, most=round(4 - 2 * ease))
-        told = scenes.describe(scene, rng, variety=1 - ease)
-        turns = scenes.ask(scene, rng, 12, self._kinds)
+        told = scene_words.describe(scene, rng, variety=1 - ease)
+        turns = scene_words.ask(scene, rng, 12, self._kinds)
         if rng.random() < 0.15:
-            describe = rng.choice(scenes.DESCRIBE)
-            turns.insert(rng.randrange(3), scenes.Question(describe, scenes.caption(scene), "description", "other"))
+            describe = rng.choice(scene_words.DESCRIBE)
+            turns.insert(
+                rng.randrange(3), scene_words.Question(describe, scene_words.caption(scene), "description", "other")
+            )
         if rng.random() < 0.15:
-            told_again = scenes.facts(scene, rng, 8)
-            turns.insert(rng.randrange(3), scenes.Question(scenes.TELL, told_again, "description", "other"))
+            told_again = scene_words.facts(scene, rng, 8)
+            turns.insert(rng.randrange(3), scene_words.Question(scene_words.TELL, told_again, "description", "other"))
         messages: list[dict[str, Any]] = []
         ids: list[int] = []
         labels: list[int] = []

@@ -15,7 +15,7 @@ from PIL import Image
 
 from visplice.app import chat, cli
 from visplice.app.make_examples import EXAMPLES, assets, scene_of
-from visplice.train import scenes
+from visplice.train import scene_words, scenes
 from visplice.vision.image import ImageError
 
 
@@ -70,9 +70,9 @@ def test_example_is_what_its_seed_draws_and_its_answer_is_right(example: Any) ->
     shipped = Image.open(assets() / example.name).convert("RGB")
     difference = np.abs(np.asarray(shipped, np.int16) - np.asarray(picture.convert("RGB"), np.int16))
     assert difference.mean() < 1  # not zero everywhere: versions of Pillow may round otherwise
-    right = {question: scenes.caption(scene) for question in scenes.DESCRIBE}
+    right = {question: scene_words.caption(scene) for question in scene_words.DESCRIBE}
     for seed in range(300):
-        right |= {q.text: q.answer for q in scenes.ask(scene, random.Random(seed), 4)}
+        right |= {q.text: q.answer for q in scene_words.ask(scene, random.Random(seed), 4)}
     assert right[example.question] == example.answer
 
 
