@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from visplice.lm.checkpoint import load_llama
+from visplice.lm.decoder import Llama
 from visplice.lm.prompt import TEMPLATES, Template
 from visplice.lm.tokenizer import Tokenizer
 from visplice.lm.vision_llama import VisionLlama
@@ -118,16 +119,12 @@ def load_projector(config: ProjectorConfig, file: Path) -> Projector:
     return projector
 
 
-def load_extension(
-    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> VisionLlama:
-    """Opens an extension folder, or the shipped one under the name 'embedded'.
+def read_extension(folder: Path) -> dict[str, Any]:
+    """The fields of `visplice.json`.
 
     Raises:
-        ValueError: a file is missing or broken, a field is unknown or missing, or a backbone is not the one that the
-            projector was trained with.
+        ValueError: the file is missing or broken, or a field is unknown, missing, or of another kind.
     """
-    folder = embedded_folder("projector") if str(folder) == EMBEDDED else Path(folder)
     file = folder / "visplice.json"
     try:
         raw = json.loads(file.read_text())
@@ -145,16 +142,40 @@ def load_extension(
         if not isinstance(raw[name], kind):
             raise ValueError(f"{file}: {name} is {raw[name]!r}, which is no {kind.__name__}")
     try:
-        encoder_config, projector_config = EncoderConfig(**raw["encoder"]), ProjectorConfig(**raw["projector"])
+        EncoderConfig(**raw["encoder"]), ProjectorConfig(**raw["projector"])
     except TypeError as error:
         raise ValueError(f"{file}: {error}") from error
-    encoder, lm, tokenizer = load_backbones(encoder_config, raw["lm"], device=device, dtype=dtype)
+    return raw
+
+
+def load_trained_projector(folder: str | Path, encoder: VisionEncoder, lm: Llama) -> Projector:
+    """The projector of an extension folder, for these two backbones.
+
+    Raises:
+        ValueError: as `read_extension`, and when the projector was trained with other backbones.
+    """
+    folder = embedded_folder("projector") if str(folder) == EMBEDDED else Path(folder)
+    raw = read_extension(folder)
     for name, module in (("encoder", encoder.vit), ("lm", lm)):
         found, expected = fingerprint(module), raw["fingerprint"].get(name)
         if found != expected:
             raise ValueError(
-                f"{file}: the projector was trained with the {name} of fingerprint {str(expected)[:12]}, "
-                f"but the one opened has {found[:12]}"
+                f"{folder / 'visplice.json'}: the projector was trained with the {name} of fingerprint "
+                f"{str(expected)[:12]}, but the one opened has {found[:12]}"
             )
-    projector = load_projector(projector_config, folder / "projector.safetensors").to(device=device)
+    return load_projector(ProjectorConfig(**raw["projector"]), folder / "projector.safetensors")
+
+
+def load_extension(
+    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> VisionLlama:
+    """Opens an extension folder, or the shipped one under the name 'embedded'.
+
+    Raises:
+        ValueError: a file is missing or broken, a field is unknown or missing, or a backbone is not the one that the
+            projector was trained with.
+    """
+    raw = read_extension(embedded_folder("projector") if str(folder) == EMBEDDED else Path(folder))
+    encoder, lm, tokenizer = load_backbones(EncoderConfig(**raw["encoder"]), raw["lm"], device=device, dtype=dtype)
+    projector = load_trained_projector(folder, encoder, lm).to(device=device)
     return VisionLlama(encoder, projector, lm, tokenizer, template_named(raw["template"]))

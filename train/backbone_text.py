@@ -8,6 +8,7 @@ From answers alone, that binding stays out of reach for hours; said outright, it
 import itertools
 import math
 import random
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from visplice.lm.checkpoint import save_llama
+from visplice.lm.checkpoint import load_llama, save_llama
 from visplice.lm.config import LlamaConfig
 from visplice.lm.decoder import Llama, rotary
 from visplice.lm.prompt import IGNORE, TURNS, PromptBuilder, VisualTokens
@@ -211,17 +212,25 @@ def train_text(
     out: Path,
     *,
     courses: Sequence[Course] = COURSES,
+    start: Path | None = None,
     seed: int,
     batch: int = 12,
     width: int = 192,
     compiled: bool = False,
 ) -> None:
-    """Trains the small LLaMA and writes it, with its tokenizer, to `out`."""
+    """Trains the small LLaMA and writes it, with its tokenizer, to `out`; `start` is one that had its first courses."""
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer(out / "tokenizer.json", seed)
-    config = LlamaConfig(vocab_size=tokenizer.vocab_size, max_seq_len=1024, tie_embeddings=True, **TEXT_SHAPE)
-    model = Llama(config)
-    init_llama(model)
+    if start is not None:
+        model = load_llama(start).train().requires_grad_(True)
+        config = model.config
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(start / "tokenizer.json", out / "tokenizer.json")
+        tokenizer = Tokenizer.from_pretrained(out)
+    else:
+        tokenizer = build_tokenizer(out / "tokenizer.json", seed)
+        config = LlamaConfig(vocab_size=tokenizer.vocab_size, max_seq_len=1024, tie_embeddings=True, **TEXT_SHAPE)
+        model = Llama(config)
+        init_llama(model)
     print(f"vocabulary {config.vocab_size}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     heads = nn.ModuleDict({"objects": AttributeHeads(config.dim), "asked": AttributeHeads(config.dim)})
     for number, course in enumerate(courses):

@@ -216,6 +216,16 @@ def test_trained_text_backbone_is_a_llama_folder(tmp_path, monkeypatch):
     assert {t.dtype for t in load_file(tmp_path / "lm" / "model.safetensors").values()} == {torch.float16}
 
 
+def test_later_course_goes_on_from_a_llama_that_had_the_others(tmp_path):
+    *had, last = backbone_text.COURSES
+    courses = [*(replace(course, steps=0) for course in had), replace(last, steps=1)]
+    train_text(tmp_path / "lm", courses=courses, start=embedded_folder("lm"), seed=0, batch=2, width=128)
+    before, after = load_llama(embedded_folder("lm")), load_llama(tmp_path / "lm")
+    assert (tmp_path / "lm/tokenizer.json").read_bytes() == (embedded_folder("lm") / "tokenizer.json").read_bytes()
+    moved = (after.layers[0].attention.wq.weight - before.layers[0].attention.wq.weight).abs().max()
+    assert 0 < moved < 0.1 * before.layers[0].attention.wq.weight.abs().max()
+
+
 def test_trained_vision_backbone_opens_as_an_encoder(tmp_path):
     train_vision(tmp_path, steps=2, seed=0, batch=2)
     encoder = VisionEncoder(EncoderConfig(**VISION.to_dict() | {"weights": str(tmp_path / "encoder.safetensors")}))

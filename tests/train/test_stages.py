@@ -265,10 +265,12 @@ def test_frozen_weight_that_changed_is_an_error(encoder, aligned, scenes_folder,
     assert not (tmp_path / "visplice.json").exists()
 
 
-def test_projector_made_for_another_width_is_refused(encoder, aligned):
-    narrow = replace(encoder, weights=None, overrides=encoder.overrides | {"embed_dim": 96})
-    with pytest.raises(ValueError, match=r"projector was made for width 192, but that of the encoder's features is 96"):
-        Instruct(narrow, EMBEDDED, aligned=str(aligned.out))
+@pytest.mark.parametrize(
+    "changes", [{"overrides": {"patch_size": 14, "embed_dim": 96, "depth": 6, "num_heads": 3}}, {}]
+)
+def test_projector_of_another_encoder_is_refused_also_where_the_widths_agree(encoder, aligned, changes):
+    with pytest.raises(ValueError, match=r"the projector was trained with the encoder of fingerprint \w+, but"):
+        Instruct(replace(encoder, weights=None, **changes), EMBEDDED, aligned=str(aligned.out))
 
 
 @pytest.mark.parametrize("length", [0, 100_000])
