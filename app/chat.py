@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import html
-import json
 import os
 import socket
 import sys
@@ -27,7 +26,7 @@ from PIL import Image
 from visplice.app.conversation import Session, answer, ask, explain, set_picture, shown, start_over, stop
 from visplice.app.device import pick_device, pick_dtype
 from visplice.app.make_examples import EXAMPLES, assets
-from visplice.lm.extension import EMBEDDED, load_extension
+from visplice.lm.extension import EMBEDDED, load_extension, read_extension
 from visplice.lm.generate import Sampling
 from visplice.lm.vision_llama import VisionLlama
 from visplice.train import scene_words, scenes
@@ -88,12 +87,12 @@ def shapes_note() -> str:
     )
 
 
-def model_note(model: VisionLlama, folder: str) -> str:
+def model_note(folder: str) -> str:
     """Names the parts of a model that was opened from a folder, in Markdown."""
-    decoder = json.loads((Path(folder) / "visplice.json").read_text())["lm"]
-    encoder = model.encoder.config
+    extension = read_extension(folder)
+    encoder = extension.encoder
     weights = "" if encoder.weights in (None, "pretrained") else f", weights `{encoder.weights}`"
-    return f"- **Model:** `{folder}`\n- **Encoder:** `{encoder.model}`{weights}\n- **Decoder:** `{decoder}`"
+    return f"- **Model:** `{folder}`\n- **Encoder:** `{encoder.model}`{weights}\n- **Decoder:** `{extension.lm}`"
 
 
 def create_app(model: VisionLlama, *, title: str, note: str, seed: int | None = None) -> gr.Blocks:
@@ -298,6 +297,6 @@ def main(args: argparse.Namespace) -> int:
     """Opens the model and shows the page; returns the exit status."""
     check_port(args.host, args.port)
     model = load_extension(args.model, device=pick_device(args.device), dtype=pick_dtype(args.dtype))
-    note = None if args.model == EMBEDDED else model_note(model, args.model)
+    note = None if args.model == EMBEDDED else model_note(args.model)
     serve(model, note=note, host=args.host, port=args.port, open_browser=args.open, seed=args.seed)
     return 0

@@ -15,6 +15,7 @@ from PIL import Image
 
 from visplice.app import chat, cli
 from visplice.app.make_examples import EXAMPLES, assets, scene_of
+from visplice.lm.extension import embedded_folder
 from visplice.train import scene_words, scenes
 from visplice.vision.image import ImageError
 
@@ -47,9 +48,10 @@ def test_note_names_everything_of_the_embedded_task() -> None:
 
 
 def test_note_names_the_parts_of_another_model(tmp_path: Any) -> None:
-    (tmp_path / "visplice.json").write_text(json.dumps({"lm": "models/llama"}))
-    encoder = SimpleNamespace(config=SimpleNamespace(model="some_vit", weights="vit.safetensors"))
-    note = chat.model_note(SimpleNamespace(encoder=encoder), str(tmp_path))  # type: ignore[arg-type]
+    shipped = json.loads((embedded_folder("projector") / "visplice.json").read_text())
+    encoder = shipped["encoder"] | {"model": "some_vit", "weights": "vit.safetensors"}
+    (tmp_path / "visplice.json").write_text(json.dumps(shipped | {"encoder": encoder, "lm": "models/llama"}))
+    note = chat.model_note(str(tmp_path))
     for word in (str(tmp_path), "some_vit", "vit.safetensors", "models/llama"):
         assert f"`{word}`" in note
 
