@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import html
-import json
 import os
 import socket
 import sys
@@ -27,10 +26,10 @@ from PIL import Image
 from visplice.app.conversation import Session, answer, ask, explain, set_picture, shown, start_over, stop
 from visplice.app.device import pick_device, pick_dtype
 from visplice.app.make_examples import EXAMPLES, assets
-from visplice.lm.extension import EMBEDDED, load_extension
+from visplice.lm.extension import EMBEDDED, load_extension, read_extension
 from visplice.lm.generate import Sampling
 from visplice.lm.vision_llama import VisionLlama
-from visplice.train import scenes
+from visplice.train import scene_words, scenes
 from visplice.vision.image import ImageError, open_image
 
 PREVIEW = 1024  # longest side of the picture that is sent back to the page, pixels
@@ -81,24 +80,24 @@ def shapes_note() -> str:
             *(f"- **{label}:** {', '.join(names)}" for label, names in rows),
             "",
             "Ask about color, shape, number, existence, position, or compare two shapes; or write "
-            f"“{scenes.DESCRIBE[0]}” or “{scenes.TELL}”",
+            f"“{scene_words.DESCRIBE[0]}” or “{scene_words.TELL}”",
             "",
             "`visplice chat --model FOLDER` opens another model.",
         ]
     )
 
 
-def model_note(model: VisionLlama, folder: str) -> str:
+def model_note(folder: str) -> str:
     """Names the parts of a model that was opened from a folder, in Markdown."""
-    decoder = json.loads((Path(folder) / "visplice.json").read_text())["lm"]
-    encoder = model.encoder.config
+    extension = read_extension(folder)
+    encoder = extension.encoder
     weights = "" if encoder.weights in (None, "pretrained") else f", weights `{encoder.weights}`"
-    return f"- **Model:** `{folder}`\n- **Encoder:** `{encoder.model}`{weights}\n- **Decoder:** `{decoder}`"
+    return f"- **Model:** `{folder}`\n- **Encoder:** `{encoder.model}`{weights}\n- **Decoder:** `{extension.lm}`"
 
 
 def create_app(model: VisionLlama, *, title: str, note: str, seed: int | None = None) -> gr.Blocks:
     """Builds the page; `note` is Markdown, and `seed` fixes what sampling draws."""
-    hints = (scenes.DESCRIBE[0], scenes.TELL, "How many shapes are there?", "Is there a circle?")
+    hints = (scene_words.DESCRIBE[0], scene_words.TELL, "How many shapes are there?", "Is there a circle?")
     most = max(1, model.lm.config.max_seq_len // 2)
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
         session = gr.State(Session())
@@ -298,6 +297,6 @@ def main(args: argparse.Namespace) -> int:
     """Opens the model and shows the page; returns the exit status."""
     check_port(args.host, args.port)
     model = load_extension(args.model, device=pick_device(args.device), dtype=pick_dtype(args.dtype))
-    note = None if args.model == EMBEDDED else model_note(model, args.model)
+    note = None if args.model == EMBEDDED else model_note(args.model)
     serve(model, note=note, host=args.host, port=args.port, open_browser=args.open, seed=args.seed)
     return 0

@@ -15,7 +15,7 @@ import torch
 from visplice.app.memory import main_memory, size_text
 from visplice.lm.checkpoint import Checkpoint, open_checkpoint
 from visplice.lm.config import LlamaConfig, family_of
-from visplice.lm.extension import EMBEDDED, embedded_folder, lm_folder, read_extension
+from visplice.lm.extension import EMBEDDED, Extension, embedded_folder, lm_folder, read_extension
 from visplice.lm.prompt import IGNORE, PromptBuilder, VisualTokens
 from visplice.lm.templates import template_for
 from visplice.lm.tokenizer import Tokenizer
@@ -31,10 +31,10 @@ def main(args: argparse.Namespace) -> int:
     if args.question is None and (args.image or args.answer):
         raise ValueError("--image and --answer show a prompt, and a prompt needs a question behind the model")
     extension = _extension(args.model)
-    source = lm_folder(extension["lm"]) if extension else args.model
+    source = lm_folder(extension.lm) if extension else args.model
     checkpoint = open_checkpoint(source, text_layers_only=args.text_layers_only, ignore_fields=args.ignore_field)
     tokenizer, missing = _tokenizer(checkpoint.folder)
-    encoder = _encoder(EncoderConfig(**extension["encoder"])) if extension else None
+    encoder = _encoder(extension.encoder) if extension else None
     if args.question is None:
         rows = [*_llama_rows(checkpoint), *_tokenizer_rows(tokenizer, missing, extension)]
         rows += _extension_rows(extension, encoder) if extension and encoder else []
@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(missing)
     for file in args.image:
         open_image(file)
-    template = template_for(tokenizer, args.template or (extension["template"] if extension else None))
+    template = template_for(tokenizer, args.template or (extension.template if extension else None))
     visual = VisualTokens(
         vocab_size=checkpoint.config.vocab_size, count=encoder.num_tokens if encoder else args.visual_tokens
     )
@@ -90,9 +90,9 @@ def prompt_table(
     return [f"{'position':>8}  {'id':>7}  {'text':<24}  {'image patch':<18}  {'label':>7}", *lines]
 
 
-def _extension(model: str) -> dict[str, Any] | None:
+def _extension(model: str) -> Extension | None:
     folder = embedded_folder("projector") if model == EMBEDDED else Path(model)
-    return read_extension(folder) if (folder / "visplice.json").is_file() else None
+    return read_extension(model) if (folder / "visplice.json").is_file() else None
 
 
 def _encoder(config: EncoderConfig) -> VisionEncoder:
@@ -136,22 +136,20 @@ def _llama_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     ]
 
 
-def _tokenizer_rows(
-    tokenizer: Tokenizer | None, missing: str, extension: dict[str, Any] | None
-) -> list[tuple[str, str]]:
+def _tokenizer_rows(tokenizer: Tokenizer | None, missing: str, extension: Extension | None) -> list[tuple[str, str]]:
     if tokenizer is None:
         return [("tokenizer", f"none: {missing}")]
     rows = [("tokenizer", f"{tokenizer.vocab_size:,} ids, {len(tokenizer.controls)} control tokens")]
     try:
-        template = extension["template"] if extension else template_for(tokenizer).name
+        template = extension.template if extension else template_for(tokenizer).name
     except ValueError as error:
         template = str(error)
     return [*rows, ("template", template)]
 
 
-def _extension_rows(extension: dict[str, Any], encoder: VisionEncoder) -> list[tuple[str, str]]:
-    projector = extension["projector"]
-    widths = projector["d_vision"], projector["hidden"], projector["d_lm"]
+def _extension_rows(extension: Extension, encoder: VisionEncoder) -> list[tuple[str, str]]:
+    projector = extension.projector
+    widths = projector.d_vision, projector.hidden, projector.d_lm
     size = encoder.config.image_size
     return [
         ("", ""),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,24 @@ def load_projector(config: ProjectorConfig, file: Path) -> Projector:
     return projector
 
 
-def read_extension(folder: Path) -> dict[str, Any]:
-    """The fields of `visplice.json`.
+@dataclass(frozen=True, kw_only=True)
+class Extension:
+    """What `visplice.json` says."""
+
+    folder: Path
+    encoder: EncoderConfig
+    projector: ProjectorConfig
+    lm: str  # folder of the decoder, or 'embedded'
+    template: str
+    fingerprint: dict[str, str]  # of encoder and lm
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "visplice.json"
+
+
+def read_extension(folder: str | Path) -> Extension:
+    """Reads `visplice.json` of an extension folder, or of the shipped one under the name 'embedded'.
 
     Raises:
         ValueError: the file is missing or broken, or a field is unknown, missing, or of another kind.
@@ -129,28 +146,33 @@ def read_extension(folder: Path) -> dict[str, Any]:
         if not isinstance(raw[name], kind):
             raise ValueError(f"{file}: {name} is {raw[name]!r}, which is no {kind.__name__}")
     try:
-        EncoderConfig(**raw["encoder"]), ProjectorConfig(**raw["projector"])
+        encoder, projector = EncoderConfig(**raw["encoder"]), ProjectorConfig(**raw["projector"])
     except TypeError as error:
         raise ValueError(f"{file}: {error}") from error
-    return raw
+    return Extension(
+        folder=folder,
+        encoder=encoder,
+        projector=projector,
+        lm=raw["lm"],
+        template=raw["template"],
+        fingerprint=raw["fingerprint"],
+    )
 
 
-def load_trained_projector(folder: str | Path, encoder: VisionEncoder, lm: Llama) -> Projector:
+def load_trained_projector(extension: Extension, encoder: VisionEncoder, lm: Llama) -> Projector:
     """The projector of an extension folder, for these two backbones.
 
     Raises:
-        ValueError: as `read_extension`, and when the projector was trained with other backbones.
+        ValueError: its file is missing or broken, or it was trained with other backbones.
     """
-    folder = embedded_folder("projector") if str(folder) == EMBEDDED else Path(folder)
-    raw = read_extension(folder)
     for name, module in (("encoder", encoder.vit), ("lm", lm)):
-        found, expected = fingerprint(module), raw["fingerprint"].get(name)
+        found, expected = fingerprint(module), extension.fingerprint.get(name)
         if found != expected:
             raise ValueError(
-                f"{folder / 'visplice.json'}: the projector was trained with the {name} of fingerprint "
-                f"{str(expected)[:12]}, but the one opened has {found[:12]}"
+                f"{extension.file}: the projector was trained with the {name} of fingerprint {str(expected)[:12]}, "
+                f"but the one opened has {found[:12]}"
             )
-    return load_projector(ProjectorConfig(**raw["projector"]), folder / "projector.safetensors")
+    return load_projector(extension.projector, extension.folder / "projector.safetensors")
 
 
 def load_extension(
@@ -162,7 +184,7 @@ def load_extension(
         ValueError: a file is missing or broken, a field is unknown or missing, or a backbone is not the one that the
             projector was trained with.
     """
-    raw = read_extension(embedded_folder("projector") if str(folder) == EMBEDDED else Path(folder))
-    encoder, lm, tokenizer = load_backbones(EncoderConfig(**raw["encoder"]), raw["lm"], device=device, dtype=dtype)
-    projector = load_trained_projector(folder, encoder, lm).to(device=device)
-    return VisionLlama(encoder, projector, lm, tokenizer, template_named(raw["template"]))
+    extension = read_extension(folder)
+    encoder, lm, tokenizer = load_backbones(extension.encoder, extension.lm, device=device, dtype=dtype)
+    projector = load_trained_projector(extension, encoder, lm).to(device=device)
+    return VisionLlama(encoder, projector, lm, tokenizer, template_named(extension.template))

@@ -8,6 +8,7 @@ From answers alone, that binding stays out of reach for hours; said outright, it
 import itertools
 import math
 import random
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,12 +21,12 @@ import torch.nn.functional as F
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from visplice.lm.checkpoint import save_llama
+from visplice.lm.checkpoint import load_llama, save_llama
 from visplice.lm.config import LlamaConfig
 from visplice.lm.decoder import Llama
 from visplice.lm.prompt import IGNORE, TURNS, PromptBuilder, VisualTokens
 from visplice.lm.tokenizer import Tokenizer
-from visplice.train import scenes
+from visplice.train import scene_words, scenes
 from visplice.train.backbone_optim import optimizers, schedule, step_all
 
 
@@ -35,7 +36,7 @@ class Course:
 
     steps: int
     lr: float
-    kinds: tuple[str, ...] = scenes.QUESTION_TYPES  # what is asked, a kind named twice twice as often
+    kinds: tuple[str, ...] = scene_words.QUESTION_TYPES  # what is asked, a kind named twice twice as often
     easy: float = 0.0  # share of the steps until scenes are as full and as variously told as they get
 
 
@@ -59,13 +60,13 @@ def build_tokenizer(path: Path, seed: int) -> Tokenizer:
     def corpus() -> Iterator[str]:
         for _ in range(20_000):
             scene = scenes.sample_scene(rng, scenes.TRAIN)
-            yield scenes.describe(scene, rng).text
-            yield scenes.caption(scene)
-            for question in scenes.ask(scene, rng, 6):
+            yield scene_words.describe(scene, rng).text
+            yield scene_words.caption(scene)
+            for question in scene_words.ask(scene, rng, 6):
                 yield question.text
                 yield question.answer
-            yield scenes.facts(scene, rng, 10)
-        for text in (*scenes.DESCRIBE, scenes.TELL):
+            yield scene_words.facts(scene, rng, 10)
+        for text in (*scene_words.DESCRIBE, scene_words.TELL):
             yield from [text] * 200
 
     tokenizer = tokenizers.Tokenizer(models.BPE())
@@ -116,7 +117,7 @@ class TextBatches:
         batch: int,
         width: int,
         easy: int,
-        kinds: Sequence[str] = scenes.QUESTION_TYPES,
+        kinds: Sequence[str] = scene_words.QUESTION_TYPES,
     ) -> None:
         self._builder = PromptBuilder(tokenizer, TURNS, VisualTokens(vocab_size=tokenizer.vocab_size, count=0))
         self.pad, self._assistant = tokenizer.control("<|pad|>"), tokenizer.control("<|assistant|>")
@@ -126,14 +127,16 @@ class TextBatches:
     def _sequence(self, ease: float) -> tuple[list[int], list[int], dict[int, list[int]], dict[int, list[int]]]:
         rng, encode = self._rng, self._builder.tokenizer.encode
         scene = scenes.sample_scene(rng, scenes.TRAIN, most=round(4 - 2 * ease))
-        told = scenes.describe(scene, rng, variety=1 - ease)
-        turns = scenes.ask(scene, rng, 12, self._kinds)
+        told = scene_words.describe(scene, rng, variety=1 - ease)
+        turns = scene_words.ask(scene, rng, 12, self._kinds)
         if rng.random() < 0.15:
-            describe = rng.choice(scenes.DESCRIBE)
-            turns.insert(rng.randrange(3), scenes.Question(describe, scenes.caption(scene), "description", "other"))
+            describe = rng.choice(scene_words.DESCRIBE)
+            turns.insert(
+                rng.randrange(3), scene_words.Question(describe, scene_words.caption(scene), "description", "other")
+            )
         if rng.random() < 0.15:
-            told_again = scenes.facts(scene, rng, 8)
-            turns.insert(rng.randrange(3), scenes.Question(scenes.TELL, told_again, "description", "other"))
+            told_again = scene_words.facts(scene, rng, 8)
+            turns.insert(rng.randrange(3), scene_words.Question(scene_words.TELL, told_again, "description", "other"))
         messages: list[dict[str, Any]] = []
         ids: list[int] = []
         labels: list[int] = []
@@ -209,17 +212,25 @@ def train_text(
     out: Path,
     *,
     courses: Sequence[Course] = COURSES,
+    start: Path | None = None,
     seed: int,
     batch: int = 12,
     width: int = 192,
     compiled: bool = False,
 ) -> None:
-    """Trains the small LLaMA and writes it, with its tokenizer, to `out`."""
+    """Trains the small LLaMA and writes it, with its tokenizer, to `out`; `start` is one that had its first courses."""
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer(out / "tokenizer.json", seed)
-    config = LlamaConfig(vocab_size=tokenizer.vocab_size, max_seq_len=1024, tie_embeddings=True, **TEXT_SHAPE)
-    model = Llama(config)
-    init_llama(model)
+    if start is not None:
+        model = load_llama(start, dtype=torch.float32).train().requires_grad_(True)
+        config = model.config
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(start / "tokenizer.json", out / "tokenizer.json")
+        tokenizer = Tokenizer.from_pretrained(out)
+    else:
+        tokenizer = build_tokenizer(out / "tokenizer.json", seed)
+        config = LlamaConfig(vocab_size=tokenizer.vocab_size, max_seq_len=1024, tie_embeddings=True, **TEXT_SHAPE)
+        model = Llama(config)
+        init_llama(model)
     print(f"vocabulary {config.vocab_size}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     heads = nn.ModuleDict({"objects": AttributeHeads(config.dim), "asked": AttributeHeads(config.dim)})
     for number, course in enumerate(courses):

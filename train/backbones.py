@@ -29,6 +29,9 @@ def main() -> None:
         default=[course.steps for course in COURSES],
         help="of the courses, one after the other; default: %(default)s",
     )
+    parser.add_argument(
+        "--start", type=Path, help="LLaMA folder to go on from, with 0 for the steps of the courses it had"
+    )
     parser.add_argument("--vision-steps", type=int, default=VISION_STEPS, help="default: %(default)s")
     parser.add_argument(
         "--compile", action="store_true", help="compile, and multiply in bfloat16: needs a C++ compiler"
@@ -40,6 +43,7 @@ def main() -> None:
         train_text(
             args.out / "lm",
             courses=[replace(course, steps=steps) for course, steps in zip(COURSES, args.text_steps, strict=True)],
+            start=args.start,
             seed=args.seed,
             compiled=args.compile,
         )

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from visplice.lm.extension import load_backbones, load_trained_projector
+from visplice.lm.extension import load_backbones, load_trained_projector, read_extension
 from visplice.lm.templates import template_for
 from visplice.lm.vision_llama import VisionLlama
 from visplice.projector.mlp import Projector, ProjectorConfig, rms
@@ -50,7 +50,7 @@ class Instruct(FrozenBackbones, L.LightningModule):
             )
         self._calibrated = aligned is not None
         if aligned is not None:
-            projector = load_trained_projector(aligned, vision, llama)
+            projector = load_trained_projector(read_extension(aligned), vision, llama)
         else:
             projector = Projector(ProjectorConfig(d_vision=vision.dim, d_lm=llama.config.dim, hidden=hidden))
         self.model = VisionLlama(vision, projector, llama, tokenizer, template_for(tokenizer, template))

@@ -13,13 +13,13 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from visplice.train import scenes
+from visplice.train import scene_words, scenes
 from visplice.train.data.shards import SCHEMA, Sample, read_manifest, write_json, write_shards
 
 QUESTIONS_FILE = "v2_OpenEnded_scenes_test_questions.json"
 ANNOTATIONS_FILE = "v2_scenes_test_annotations.json"
 # Numbers and backgrounds take a projector longest to learn, so training asks for them more often than testing does.
-TRAINING_KINDS = (*scenes.QUESTION_TYPES, "count", "background")
+TRAINING_KINDS = (*scene_words.QUESTION_TYPES, "count", "background")
 NUM_ANSWERS = 10  # VQAv2 asks ten people; here all ten know the scene
 
 
@@ -34,17 +34,19 @@ def training_samples(count: int, seed: int, questions: int) -> Iterator[Sample]:
     for index in tqdm(range(count), desc="training scenes", unit="scene", mininterval=1.0):
         rng = random.Random(f"{seed} train {index}")
         scene = scenes.sample_scene(rng, scenes.TRAIN)
-        turns = [(q.text, q.answer) for q in scenes.ask(scene, rng, questions, TRAINING_KINDS)]
+        turns = [(q.text, q.answer) for q in scene_words.ask(scene, rng, questions, TRAINING_KINDS)]
         kind = rng.random()
         if kind < 0.2:
-            longer = (rng.choice(scenes.DESCRIBE), scenes.caption(scene))
-            turns[rng.randrange(len(turns))] = longer if kind < 0.1 else (scenes.TELL, scenes.facts(scene, rng, 8))
+            longer = (rng.choice(scene_words.DESCRIBE), scene_words.caption(scene))
+            turns[rng.randrange(len(turns))] = (
+                longer if kind < 0.1 else (scene_words.TELL, scene_words.facts(scene, rng, 8))
+            )
         conversations = []
         for number, (question, answer) in enumerate(turns):
             mark = "<image>\n" if number == 0 else ""
             conversations.append({"from": "human", "value": mark + question})
             conversations.append({"from": "gpt", "value": answer})
-        record = {"captions": [scenes.caption(scene)], "conversations": conversations}
+        record = {"captions": [scene_words.caption(scene)], "conversations": conversations}
         yield Sample(key=f"scene{index:06d}", image=_png(scenes.render(scene, rng)), record=record)
 
 
@@ -89,8 +91,8 @@ def write_test(folder: Path, *, count: int, seed: int, questions: int = 4) -> bo
         scene = scenes.sample_scene(rng, scenes.TEST)
         scenes.render(scene, rng).save(folder / "images" / image_name(image_id))
         novel = any(scenes.is_held_out(o.color, o.shape, o.region) for o in scene.objects)
-        notes[str(image_id)] = {"description": scenes.describe(scene, rng).text, "held_out": novel}
-        for number, question in enumerate(scenes.ask(scene, rng, questions)):
+        notes[str(image_id)] = {"description": scene_words.describe(scene, rng).text, "held_out": novel}
+        for number, question in enumerate(scene_words.ask(scene, rng, questions)):
             question_id = 1000 * image_id + number
             asked.append({"image_id": image_id, "question": question.text, "question_id": question_id})
             answers = [

@@ -15,7 +15,8 @@ from PIL import Image
 
 from visplice.app import chat, cli
 from visplice.app.make_examples import EXAMPLES, assets, scene_of
-from visplice.train import scenes
+from visplice.lm.extension import embedded_folder
+from visplice.train import scene_words, scenes
 from visplice.vision.image import ImageError
 
 
@@ -47,9 +48,10 @@ def test_note_names_everything_of_the_embedded_task() -> None:
 
 
 def test_note_names_the_parts_of_another_model(tmp_path: Any) -> None:
-    (tmp_path / "visplice.json").write_text(json.dumps({"lm": "models/llama"}))
-    encoder = SimpleNamespace(config=SimpleNamespace(model="some_vit", weights="vit.safetensors"))
-    note = chat.model_note(SimpleNamespace(encoder=encoder), str(tmp_path))  # type: ignore[arg-type]
+    shipped = json.loads((embedded_folder("projector") / "visplice.json").read_text())
+    encoder = shipped["encoder"] | {"model": "some_vit", "weights": "vit.safetensors"}
+    (tmp_path / "visplice.json").write_text(json.dumps(shipped | {"encoder": encoder, "lm": "models/llama"}))
+    note = chat.model_note(str(tmp_path))
     for word in (str(tmp_path), "some_vit", "vit.safetensors", "models/llama"):
         assert f"`{word}`" in note
 
@@ -70,9 +72,9 @@ def test_example_is_what_its_seed_draws_and_its_answer_is_right(example: Any) ->
     shipped = Image.open(assets() / example.name).convert("RGB")
     difference = np.abs(np.asarray(shipped, np.int16) - np.asarray(picture.convert("RGB"), np.int16))
     assert difference.mean() < 1  # not zero everywhere: versions of Pillow may round otherwise
-    right = {question: scenes.caption(scene) for question in scenes.DESCRIBE}
+    right = {question: scene_words.caption(scene) for question in scene_words.DESCRIBE}
     for seed in range(300):
-        right |= {q.text: q.answer for q in scenes.ask(scene, random.Random(seed), 4)}
+        right |= {q.text: q.answer for q in scene_words.ask(scene, random.Random(seed), 4)}
     assert right[example.question] == example.answer
 
 

@@ -11,7 +11,7 @@ from visplice.lm.checkpoint import load_llama
 from visplice.lm.extension import embedded_folder
 from visplice.lm.prompt import IGNORE
 from visplice.lm.tokenizer import Tokenizer
-from visplice.train import backbone_text, scenes
+from visplice.train import backbone_text, scene_words, scenes
 from visplice.train.backbone_text import TextBatches, train_text
 from visplice.train.backbone_vision import VISION, scene_labels, train_vision
 from visplice.train.scenes import Scene, SceneObject
@@ -28,20 +28,20 @@ def attributes(item):
 def told(monkeypatch):
     """Records scene, description and questions of every sequence that is made."""
     made = []
-    describe, ask = scenes.describe, scenes.ask
+    describe, ask = scene_words.describe, scene_words.ask
 
     def recorded_describe(scene, rng, **options):
         description = describe(scene, rng, **options)
         made.append({"scene": scene, "description": description})
         return description
 
-    def recorded_ask(scene, rng, count, kinds=scenes.QUESTION_TYPES):
+    def recorded_ask(scene, rng, count, kinds=scene_words.QUESTION_TYPES):
         questions = ask(scene, rng, count, kinds)
         made[-1]["questions"] = questions
         return questions
 
-    monkeypatch.setattr(scenes, "describe", recorded_describe)
-    monkeypatch.setattr(scenes, "ask", recorded_ask)
+    monkeypatch.setattr(scene_words, "describe", recorded_describe)
+    monkeypatch.setattr(scene_words, "ask", recorded_ask)
     return made
 
 
@@ -81,9 +81,9 @@ def test_sequences_are_a_description_and_its_questions_supervised_on_the_answers
             if number == 0:
                 assert text.startswith(made["description"].text + " ")
                 text = text.removeprefix(made["description"].text + " ")
-            if text in scenes.DESCRIBE:
-                assert said == scenes.caption(made["scene"])
-            elif text != scenes.TELL:
+            if text in scene_words.DESCRIBE:
+                assert said == scene_words.caption(made["scene"])
+            elif text != scene_words.TELL:
                 assert said == left[text]
 
 
@@ -214,6 +214,16 @@ def test_trained_text_backbone_is_a_llama_folder(tmp_path, monkeypatch):
     assert llama.config.vocab_size == tokenizer.vocab_size
     assert llama(torch.tensor([tokenizer.encode("a red circle")])).isfinite().all()
     assert {t.dtype for t in load_file(tmp_path / "lm" / "model.safetensors").values()} == {torch.float16}
+
+
+def test_later_course_goes_on_from_a_llama_that_had_the_others(tmp_path):
+    *had, last = backbone_text.COURSES
+    courses = [*(replace(course, steps=0) for course in had), replace(last, steps=1)]
+    train_text(tmp_path / "lm", courses=courses, start=embedded_folder("lm"), seed=0, batch=2, width=128)
+    before, after = load_llama(embedded_folder("lm")), load_llama(tmp_path / "lm")
+    assert (tmp_path / "lm/tokenizer.json").read_bytes() == (embedded_folder("lm") / "tokenizer.json").read_bytes()
+    moved = (after.layers[0].attention.wq.weight - before.layers[0].attention.wq.weight).abs().max()
+    assert 0 < moved < 0.1 * before.layers[0].attention.wq.weight.abs().max()
 
 
 def test_trained_vision_backbone_opens_as_an_encoder(tmp_path):

@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from visplice.train import scenes
+from visplice.train import scene_words, scenes
 from visplice.train.scenes import Scene, SceneObject
 
 
@@ -87,21 +87,21 @@ def test_questions_about_a_scene_written_by_hand(question: str, answer: str) -> 
     rng = random.Random(0)
     asked: dict[str, str] = {}
     for _ in range(400):
-        asked |= {q.text: q.answer for q in scenes.ask(SCENE, rng, 12)}
+        asked |= {q.text: q.answer for q in scene_words.ask(SCENE, rng, 12)}
     assert asked[question] == answer
 
 
 def test_ambiguous_questions_are_never_asked() -> None:
     rng = random.Random(0)
-    asked = {q.text for _ in range(400) for q in scenes.ask(SCENE, rng, 12)}
+    asked = {q.text for _ in range(400) for q in scene_words.ask(SCENE, rng, 12)}
     assert not any(text in asked for text in ("Which shape is red?", "What shape is the red one?"))
 
 
 def test_types_are_drawn_evenly_and_yes_is_as_likely_as_no() -> None:
     rng = random.Random(0)
-    questions = [q for scene in drawn(scenes.TEST, 1500) for q in scenes.ask(scene, rng, 6)]
+    questions = [q for scene in drawn(scenes.TEST, 1500) for q in scene_words.ask(scene, rng, 6)]
     kinds = Counter(q.question_type for q in questions)
-    assert set(kinds) == set(scenes.QUESTION_TYPES)
+    assert set(kinds) == set(scene_words.QUESTION_TYPES)
     assert min(kinds.values()) > 0.7 * max(kinds.values())
     for kind in ("existence", "comparison"):
         yes = np.mean([q.answer == "yes" for q in questions if q.question_type == kind])
@@ -109,7 +109,7 @@ def test_types_are_drawn_evenly_and_yes_is_as_likely_as_no() -> None:
 
 
 def test_caption_names_every_object_in_reading_order() -> None:
-    assert scenes.caption(SCENE) == (
+    assert scene_words.caption(SCENE) == (
         "a big red circle at the top left and a big red star in the center "
         "and a small blue square at the bottom right on a gray background."
     )
@@ -118,21 +118,21 @@ def test_caption_names_every_object_in_reading_order() -> None:
 def test_description_and_facts_are_true() -> None:
     rng = random.Random(0)
     for _ in range(100):
-        text = scenes.describe(SCENE, rng).text
+        text = scene_words.describe(SCENE, rng).text
         for word in ("red", "blue", "circle", "square", "star", "gray", "top left", "bottom right", "center", "small"):
             assert word in text
-        told = scenes.facts(SCENE, rng, 99)
+        told = scene_words.facts(SCENE, rng, 99)
         assert "the circle is red" in told and "the blue one is a square" in told and "there are 2 red shapes" in told
         assert "the red one" not in told and "there is 1 square" in told
 
 
 def test_facts_are_told_in_one_order_and_never_twice() -> None:
     rng = random.Random(0)
-    whole = scenes.facts(SCENE, rng, 99).rstrip(".").split(". ")
+    whole = scene_words.facts(SCENE, rng, 99).rstrip(".").split(". ")
     assert whole[:2] == ["there are 3 shapes", "the background is gray"]
     assert len(set(whole)) == len(whole)
     for _ in range(50):
-        some = scenes.facts(SCENE, rng, 8).rstrip(".").split(". ")
+        some = scene_words.facts(SCENE, rng, 8).rstrip(".").split(". ")
         assert len(some) == 8 and some == sorted(some, key=whole.index)
 
 
