@@ -129,6 +129,7 @@ def read_extension(folder: str | Path) -> Extension:
     Raises:
         ValueError: the file is missing or broken, or a field is unknown, missing, or of another kind.
     """
+    folder = embedded_folder("projector") if str(folder) == EMBEDDED else Path(folder)
     file = folder / "visplice.json"
     try:
         raw = json.loads(file.read_text())
