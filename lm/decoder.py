@@ -11,21 +11,28 @@ value heads, d width of one head, V vocabulary, N answer rows.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from visplice.lm.config import LlamaConfig
 from visplice.lm.experts import FeedForward, SparseFeedForward
+from visplice.lm.masks import Packed
 from visplice.lm.rope import rotary, rotate
 
 if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
     from visplice.lm.generate import Sampling
+
+Mask: TypeAlias = "Tensor | BlockMask"  # dense, or blocks for FlexAttention
 
 
 class KVCache:
@@ -58,9 +65,9 @@ class Context:
 
     cos: Tensor  # [B, 1, S, d]
     sin: Tensor
-    mask: Tensor | None  # [B, 1, S, T], true where a query may look; None is causal over the new positions
+    mask: Mask | None  # [B, 1, S, T], true where a query may look; None is causal over the new positions
     chunk: int | None  # without a mask: layers with chunked attention fold the sequence into pieces of this many
-    chunk_mask: Tensor | None  # with a mask: the part of it inside one chunk
+    chunk_mask: Mask | None  # with a mask: the part of it inside one chunk
     temperature: Tensor | None  # [B, 1, S, 1], scale of the queries of layers without rotary positions
     cache: KVCache | None
     slots: Tensor | None  # [S]
@@ -112,7 +119,17 @@ class Attention(nn.Module):
             q, k, v = (_fold(F.pad(side, (0, 0, 0, short)), context.chunk) for side in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
             return _unfold(out, length)
+        if mask is not None and not isinstance(mask, Tensor):
+            return _flex_attention()(q, k, v, block_mask=mask, enable_gqa=grouped)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+@cache
+def _flex_attention() -> Any:
+    """FlexAttention, which is a fused kernel only when compiled."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
 
 
 def _unit_rms(x: Tensor, eps: float) -> Tensor:
@@ -162,6 +179,7 @@ class Llama(nn.Module):
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
+        self.checkpointing = False  # layers keep their input alone, and are run again for the gradient
         self.fingerprint: str | None = None  # of the file's tensors, where the decoder was loaded from one
 
     @classmethod
@@ -205,14 +223,24 @@ class Llama(nn.Module):
         embeddings: Tensor,
         *,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | Packed | None = None,
         cache: KVCache | None = None,
         slots: Tensor | None = None,
     ) -> Context:
         """What the layers need beside the stream; arguments as in `hidden`."""
-        config, chunk_mask, temperature = self.config, None, None
+        config = self.config
+        chunk_mask: Mask | None = None
         batch, length, _ = embeddings.shape
-        counted, reads_cache = positions is None, cache is not None and mask is not None
+        reads_cache = cache is not None and mask is not None
+        if isinstance(mask, Packed):
+            # FlexAttention has no backward on the CPU; its masks, written out, give the same there.
+            build: Callable[..., Mask] = mask.blocks if embeddings.is_cuda else mask.dense
+            chunk = config.attention_chunk
+            cos, sin = rotary(mask.positions, config, embeddings.dtype)
+            temperature = self._temperature(mask.positions)
+            assert cache is None, "packed samples are for training"
+            return Context(cos, sin, build(), chunk, build(chunk) if chunk else None, temperature, None, None, False)
+        counted = positions is None
         if positions is None:
             positions = torch.arange(length, device=embeddings.device).expand(batch, length)
         if cache is not None:
@@ -229,17 +257,23 @@ class Llama(nn.Module):
             if mask is not None:
                 chunks, seen_chunks = positions // config.attention_chunk, seen // config.attention_chunk
                 chunk_mask = mask & (chunks[:, None, :, None] == seen_chunks[:, None, None, :])
-        if config.nope_layers and config.temperature_floor is not None:
-            steps = torch.floor((positions.float() + 1.0) / config.temperature_floor)
-            temperature = (torch.log1p(steps) * config.temperature_scale + 1.0)[:, None, :, None]
+        temperature = self._temperature(positions)
         return Context(cos, sin, mask, config.attention_chunk, chunk_mask, temperature, cache, slots, reads_cache)
+
+    def _temperature(self, positions: Tensor) -> Tensor | None:
+        """Scale `[B, 1, S, 1]` of the queries of layers without rotary positions (LLaMA 4)."""
+        config = self.config
+        if not config.nope_layers or config.temperature_floor is None:
+            return None
+        steps = torch.floor((positions.float() + 1.0) / config.temperature_floor)
+        return (torch.log1p(steps) * config.temperature_scale + 1.0)[:, None, :, None]
 
     def hidden(
         self,
         embeddings: Tensor,
         *,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | Packed | None = None,
         cache: KVCache | None = None,
         slots: Tensor | None = None,
     ) -> Tensor:
@@ -248,7 +282,8 @@ class Llama(nn.Module):
         Args:
             embeddings: `[B, S, D]`.
             positions: `[B, S]`, default 0, 1, 2, ...
-            mask: boolean `[B, 1, S, T]`, true where a query may look; default causal over S.
+            mask: boolean `[B, 1, S, T]`, true where a query may look; default causal over S. Or `Packed` samples, which
+                bring their positions with them.
             cache: keys and values of earlier positions; written at `slots`. Without a mask it is taken for empty.
             slots: `[S]`, cache slots of the new positions.
         Returns:
@@ -257,7 +292,10 @@ class Llama(nn.Module):
         context = self.context(embeddings, positions=positions, mask=mask, cache=cache, slots=slots)
         x = embeddings
         for layer in self.layers:
-            x = layer(x, context)
+            if self.checkpointing and x.requires_grad:
+                x = checkpoint(layer, x, context, use_reentrant=False)  # reentrant: no gradient if x alone has one
+            else:
+                x = layer(x, context)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
