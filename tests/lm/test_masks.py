@@ -101,9 +101,7 @@ def test_blocks_are_the_dense_mask(chunk: int | None) -> None:
     q, k, v = (torch.randn(1, heads, 32, 8) for heads in (4, 2, 2))
     with torch.no_grad():
         blocks = flex_attention(q, k, v, block_mask=mask.blocks(chunk), enable_gqa=True)
-        dense = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask.dense(chunk), enable_gqa=True
-        )
+        dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense(chunk), enable_gqa=True)
     torch.testing.assert_close(blocks, dense, rtol=0, atol=1e-6)
 
 

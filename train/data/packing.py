@@ -118,9 +118,7 @@ def lay_out(pieces: Sequence[Piece], first_image: Sequence[int], *, length: int 
         padding = {"ids": 0, "labels": IGNORE, "owners": -1, "branches": 0, "positions": 0}
         for name, values in flat.items():
             columns[name].append(values + [padding[name]] * (width - len(values)))
-    tensors = {
-        name: torch.tensor(values, dtype=torch.int64).view(len(rows), width) for name, values in columns.items()
-    }
+    tensors = {name: torch.tensor(values, dtype=torch.int64).view(len(rows), width) for name, values in columns.items()}
     plain = all(len(row) == 1 for row in rows) and not any(any(piece.branches) for piece in pieces)
     packed = None if plain else Packed(tensors["owners"], tensors["branches"], tensors["positions"])
     return Rows(tensors["ids"], tensors["labels"], packed, images)
