@@ -21,6 +21,7 @@ from visplice.lm.fingerprint import Fingerprint
 from visplice.lm.hf_layout import HfLayout, hf_entries, left_out, read_hf_config, write_hf_config
 from visplice.lm.layout import Entry
 from visplice.lm.meta_layout import meta_entries, read_meta_config
+from visplice.lm.quantised import QuantisedLinear
 from visplice.lm.storage import TensorStore, open_store
 
 MAX_SHARD = 5_000_000_000  # bytes of one written safetensors file
@@ -175,11 +176,16 @@ def load_llama(
     device: str | torch.device = "cpu",
     text_layers_only: bool = False,
     ignore_fields: Collection[str] = (),
+    quantise: str | None = None,
 ) -> Llama:
     """Builds a decoder on the meta device and fills it one tensor at a time; arguments as `Llama.from_pretrained`.
 
+    Args:
+        quantise: 'int8', 'int4' or 'nf4' for the linear layers of the blocks, each as it is read; embeddings, head,
+            norms and the experts of LLaMA 4 keep `dtype`.
     Raises:
-        ValueError: a file is missing or broken, or tensors are missing, unknown or of another shape.
+        ValueError: a file is missing or broken, tensors are missing, unknown or of another shape, or do not divide
+            into the blocks of a quantisation.
     """
     checkpoint = open_checkpoint(source, text_layers_only=text_layers_only, ignore_fields=ignore_fields)
     dtype = dtype or checkpoint.dtype
@@ -194,6 +200,10 @@ def load_llama(
             if name == "tok_embeddings.weight" and checkpoint.config.tie_embeddings:
                 fingerprint.add("output.weight", stored)  # state_dict() has the tied table under both names
             owner, _, leaf = name.rpartition(".")
+            if quantise and name.startswith("layers.") and isinstance(model.get_submodule(owner), nn.Linear):
+                parent, _, child = owner.rpartition(".")
+                setattr(model.get_submodule(parent), child, QuantisedLinear(stored.to(device), quantise))
+                continue
             weight = stored.to(device=device, dtype=dtype).contiguous()
             setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
     if checkpoint.config.tie_embeddings:

@@ -1,0 +1,106 @@
+"""Frozen linear layers in 8 or 4 bits: stored small, multiplied as the activations' dtype.
+
+    int8   one scale a row, symmetric                                   1 byte a weight
+    int4   scale and smallest value of every 128 weights                0.53 bytes
+    nf4    16 levels of equal mass under a normal curve and the largest magnitude of every 64 weights
+           (Dettmers et al., "QLoRA", 2023, without its second quantisation)          0.53 bytes
+
+The weight is written out for one product at a time, forward and backward, and gone after it: what training keeps is
+the small form alone. Gradients reach the input and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+KINDS = ("int8", "int4", "nf4")
+_BLOCK = {"int4": 128, "nf4": 64}  # weights that share a scale
+
+# Dettmers et al., 2023, appendix E.
+_NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+class QuantisedLinear(nn.Module):
+    """`x @ W.T` for a frozen W `[out, in]` in 8 or 4 bits."""
+
+    codes: Tensor
+    scale: Tensor
+    low: Tensor  # of int4
+
+    def __init__(self, weight: Tensor, kind: str) -> None:
+        """Quantises a weight.
+
+        Raises:
+            ValueError: the kind is unknown, or rows do not divide into blocks.
+        """
+        super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"quantise is {kind!r}; it is one of {', '.join(KINDS)}")
+        self.kind, (self.out_features, self.in_features) = kind, weight.shape
+        block = _BLOCK.get(kind)
+        if block is not None and self.in_features % block:
+            raise ValueError(f"rows of {self.in_features} weights do not divide into blocks of {block}, as {kind} asks")
+        codes, *scales = {"int8": _to_int8, "int4": _to_int4, "nf4": _to_nf4}[kind](weight.float())
+        for name, values in zip(("codes", "scale", "low"), (codes, *scales), strict=False):
+            self.register_buffer(name, values)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.kind}"
+
+    def written_out(self, dtype: torch.dtype) -> Tensor:
+        """W `[out, in]` as it is multiplied."""
+        if self.kind == "int8":
+            return self.codes.to(dtype) * self.scale.to(dtype)
+        values = torch.stack((self.codes & 15, self.codes >> 4), dim=-1).view(-1, _BLOCK[self.kind])
+        if self.kind == "nf4":
+            levels = torch.tensor(_NF4, dtype=dtype, device=values.device)
+            blocks = levels[values.int()] * self.scale.to(dtype)
+        else:
+            blocks = torch.addcmul(self.low.to(dtype), values.to(dtype), self.scale.to(dtype))
+        return blocks.view(self.out_features, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Product.apply(x, self)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantisedLinear) -> Tensor:
+        ctx.layer = layer
+        return x @ layer.written_out(x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None]:
+        return outputs[0] @ ctx.layer.written_out(outputs[0].dtype), None
+
+
+def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+    return (weight / scale).round().to(torch.int8), scale
+
+
+def _to_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    blocks = weight.reshape(-1, _BLOCK["int4"])
+    low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
+    scale = ((high - low) / 15).clamp(min=1e-12)
+    return _pack(((blocks - low) / scale).round()), scale.half(), low.half()
+
+
+def _to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    blocks = weight.reshape(-1, _BLOCK["nf4"])
+    scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-12)
+    levels = torch.tensor(_NF4, device=weight.device)
+    nearest = torch.bucketize(blocks / scale, (levels[1:] + levels[:-1]) / 2)
+    return _pack(nearest), scale.half()
+
+
+def _pack(codes: Tensor) -> Tensor:
+    pairs = codes.to(torch.uint8).view(-1, 2)
+    return pairs[:, 0] | (pairs[:, 1] << 4)
