@@ -13,7 +13,8 @@ from visplice.lm.extension import EMBEDDED, load_backbones, load_extension
 from visplice.lm.prompt import IGNORE
 from visplice.projector.mlp import rms
 from visplice.train.align import MAX_LOGIT_SCALE, Align
-from visplice.train.data.shards import Sample, read_samples, write_shards
+from visplice.train.data.record import Sample
+from visplice.train.data.shards import read_samples, write_shards
 from visplice.train.instruct import Instruct
 from visplice.train.optim import OptimConfig, checksum
 
@@ -124,7 +125,7 @@ def test_align_scales_the_sentinels_and_leaves_their_direction(aligned):
 
 def test_tokens_are_as_long_as_text_embeddings_after_align(aligned, scenes_folder):
     model = aligned.module.model
-    pictures = [s.image for s in read_samples([str(scenes_folder / "shard-000000.tar")], shuffle_seed=None)]
+    pictures = [s.images[0][1] for s in read_samples([str(scenes_folder / "shard-000000.tar")])]
     with torch.no_grad():
         tokens = model.projector(model.features(model.pixels(pictures)))
     assert rms(tokens) == pytest.approx(rms(model.lm.tok_embeddings.weight), rel=0.1)
@@ -218,15 +219,15 @@ def test_fresh_projector_is_brought_to_the_scale_of_text(encoder, scenes_folder,
 
 def test_loss_of_a_batch_with_and_without_pictures_is_that_of_its_samples_alone(instructed, scenes_folder, rng):
     module = instructed.module
-    first, second, *_ = read_samples([str(scenes_folder / "shard-000000.tar")], shuffle_seed=None)
-    words = Sample(key="words", image=None, record={"conversations": TALK})
+    first, second, *_ = read_samples([str(scenes_folder / "shard-000000.tar")])
+    words = Sample(key="words", record={"conversations": TALK})
     batch = module.preparer.collate([module.preparer(sample, rng) for sample in (first, words, second)])
     with torch.no_grad():
         torch.testing.assert_close(module._loss(batch)[0], plain_loss(module.model, batch), atol=1e-5, rtol=1e-5)
 
 
 def test_text_alone_trains_and_leaves_the_projector_alone(encoder, aligned, train, tmp_path):
-    samples = [Sample(key=f"t{index}", image=None, record={"conversations": TALK}) for index in range(8)]
+    samples = [Sample(key=f"t{index}", record={"conversations": TALK}) for index in range(8)]
     write_shards(samples, tmp_path / "data", source={})
     module = WatchedInstruct(encoder, EMBEDDED, aligned=str(aligned.out))
     train(module, tmp_path / "data", tmp_path / "out", steps=2, batch_size=4)

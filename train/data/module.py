@@ -10,20 +10,18 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from visplice.train.data.prepare import SkippedSample
-from visplice.train.data.shards import read_manifest, read_samples
-from visplice.vision.image import ImageError
+from visplice.train.data.record import Fault
+from visplice.train.data.shard_set import ShardSet
 
 
 class ShardDataset(IterableDataset):
     """Prepared samples of a data folder, in another order every epoch."""
 
     def __init__(self, folder: Path, preparer: Any, *, seed: int | None, max_skipped: int) -> None:
-        manifest = read_manifest(folder)
-        self.files = [str(folder / shard["name"]) for shard in manifest["shards"]]
-        self.num_samples: int = manifest["samples"]
+        self._source = ShardSet(folder)
+        self.num_samples = sum(self._source.counts)
         if not self.num_samples:
             raise ValueError(f"{folder}: the data set holds no samples")
         self._preparer, self._seed, self._max_skipped = preparer, seed, max_skipped
@@ -34,19 +32,25 @@ class ShardDataset(IterableDataset):
         return self.num_samples // ranks
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        seed = None if self._seed is None else hash((self._seed, self.epoch))
-        rng, skipped = random.Random(seed or 0), 0  # validation draws the same captions every time
-        for sample in read_samples(self.files, shuffle_seed=seed):
+        rng, skipped = random.Random(0), 0  # validation draws the same captions every time
+        slots = [(shard, slot) for shard, count in enumerate(self._source.counts) for slot in range(count)]
+        if self._seed is not None:
+            rng = random.Random(f"{self._seed} {self.epoch}")
+            rng.shuffle(slots)
+        worker = get_worker_info()
+        if worker is not None:
+            slots = slots[worker.id :: worker.num_workers]
+        for shard, slot in slots:
             try:
-                row = self._preparer(sample, rng)
-            except (SkippedSample, ImageError) as error:
+                row = self._preparer(self._source.read(shard, slot), rng)
+            except Fault as fault:
                 skipped += 1
-                print(f"skipped: {sample.key}: {error}", file=sys.stderr)
+                print(f"skipped: {fault.name}: {fault}", file=sys.stderr)
                 if skipped > self._max_skipped:
                     raise ValueError(
                         f"{skipped} samples could not be used, more than data.max_skipped {self._max_skipped}; "
-                        f"the last one is {sample.key}: {error}"
-                    ) from error
+                        f"the last one is {fault}"
+                    ) from fault
                 continue
             yield row
         self.epoch += 1
@@ -80,7 +84,7 @@ class ShardData(L.LightningDataModule):
         if batch_size < 1:
             raise ValueError(f"data.batch_size is {batch_size}; it is at least 1")
         for folder in filter(None, (self.path, self.val_path)):
-            read_manifest(folder)  # a wrong path is said before any model is loaded
+            ShardSet(folder)  # a wrong path is said before any model is loaded
 
     def _loader(self, folder: Path, *, train: bool) -> DataLoader:
         assert self.trainer is not None

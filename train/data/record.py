@@ -34,6 +34,7 @@ FAULTS = {
     "bad-json": "the record is not JSON",
     "not-utf8": "text or a name that is not UTF-8",
     "wrong-type": "a field of the record has another type than the schema",
+    "no-image": "text alone, where a picture is needed",
     "no-text": "neither captions nor conversations, or empty ones",
     "no-answer": "a question that nobody answered",
     "turn-order": "turns that do not alternate between human and gpt",
@@ -129,7 +130,9 @@ def _check_turns(turns: Any) -> None:
     for index, turn in enumerate(turns):
         expected = ("human", "gpt")[index % 2]
         if turn["from"] != expected:
-            raise Fault("turn-order", f"turn {index} is from {turn['from']!r}; turns alternate, so {expected!r} is next")
+            raise Fault(
+                "turn-order", f"turn {index} is from {turn['from']!r}; turns alternate, so {expected!r} is next"
+            )
     if len(turns) == 1:
         raise Fault("no-answer", "the conversation is a question without an answer")
     if any(not turn["value"].strip() for turn in turns[1::2]):
