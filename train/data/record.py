@@ -37,6 +37,8 @@ FAULTS = {
     "no-image": "text alone, where a picture is needed",
     "no-text": "neither captions nor conversations, or empty ones",
     "no-answer": "a question that nobody answered",
+    "no-question": "an answer whose question is not there",
+    "bad-row": "a row of a table with too many or too few fields",
     "turn-order": "turns that do not alternate between human and gpt",
     "placeholder-count": "another number of <image> marks than of pictures",
     "duplicate-key": "a key that stood in the shard before",
