@@ -2,16 +2,15 @@
 
 import io
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
 from visplice.lm.prompt import IGNORE, TURNS, PromptBuilder, VisualTokens
-from visplice.train.data.module import ShardData, ShardDataset
-from visplice.train.data.prepare import AlignPreparer, InstructPreparer
+from visplice.train.data.prepare import AlignPreparer, InstructPreparer, normalised
 from visplice.train.data.record import Fault, Sample
-from visplice.train.data.shards import write_shards
 from visplice.vision.transform import Transform
 
 TRANSFORM = Transform(image_size=28, resize="squash", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -242,7 +241,7 @@ def test_picture_of_a_question_that_nobody_answered_is_left_out(instruct, writte
     assert (row["ids"], row["labels"], row["pixels"]) == (*written(([q1], a1)), [])
 
 
-def test_collate_pads_on_the_right_without_labels(instruct, written, rng):
+def test_collate_pads_on_the_right_without_labels(instruct, written, tokenizer, rng):
     (q1, a1), (q2, a2) = QUESTIONS
     preparer = instruct()
     rows = [preparer(sample(q1, a1), rng), preparer(sample("<image>" + q1, a1, q2, a2, image=png()), rng)]
@@ -253,8 +252,8 @@ def test_collate_pads_on_the_right_without_labels(instruct, written, rng):
     assert batch["labels"].tolist() == [short_labels + [IGNORE] * padding, long_labels]
     assert batch["pixels"].shape == (1, 3, 28, 28)  # of the row that has a picture
     assert (batch["keys"], batch["dropped_turns"]) == (["s1", "s1"], 0)
-    assert preparer.supervised(batch)
-    assert not preparer.supervised(batch | {"labels": torch.full_like(batch["labels"], IGNORE)})
+    assert preparer.num_supervised(batch) == len([*tokenizer.encode(a1)] * 2 + tokenizer.encode(a2)) + 3
+    assert not preparer.num_supervised(batch | {"labels": torch.full_like(batch["labels"], IGNORE)})
 
 
 def test_collate_of_text_alone_has_no_pixels(instruct, rng):
@@ -269,66 +268,32 @@ def test_collate_sums_the_dropped_turns(instruct, written, rng):
     assert preparer.collate([preparer(sample(q1, a1, q2, a2), rng)] * 3)["dropped_turns"] == 3
 
 
-# --- the data set ----------------------------------------------------------------------------------------------------
+def test_no_rows_are_a_batch_of_nothing(align, instruct):
+    for preparer in (align, replace(align, fast=True)):
+        batch = preparer.collate([])
+        assert (batch["keys"], batch["pixels"].shape) == ([], (0, 3, 28, 28))
+        assert batch["captions"].shape == batch["offsets"].shape == (0,)
+        assert batch["captions"].dtype == batch["offsets"].dtype == torch.int64
+    batch = instruct().collate([])
+    assert (batch["keys"], batch["ids"].shape, batch["pixels"].shape) == ([], (0, 0), (0, 3, 28, 28))
+    assert instruct().num_supervised(batch) == batch["dropped_turns"] == 0
 
 
-@pytest.fixture
-def data(tmp_path):
-    """Twelve samples with captions, of which `s03` and `s07` have broken pictures."""
-    images = [b"broken" if index in (3, 7) else png() for index in range(12)]
-    samples = [
-        Sample(key=f"s{i:02d}", images=(("png", image),), record={"captions": ["a"]}) for i, image in enumerate(images)
-    ]
-    write_shards(samples, tmp_path, source={}, per_shard=5)
-    return tmp_path
+# --- fast decoding ---------------------------------------------------------------------------------------------------
 
 
-GOOD = [f"s{index:02d}" for index in range(12) if index not in (3, 7)]
+def test_fast_pixels_are_bytes_that_normalise_to_the_exact_ones(align, instruct, rng):
+    exact = align(sample(image=png("red"), captions=["a"]), rng)["pixels"]
+    for preparer, example in (
+        (replace(align, fast=True), sample(image=png("red"), captions=["a"])),
+        (replace(instruct(), fast=True), sample("<image>q", "a", image=png("red"))),
+    ):
+        batch = preparer.collate([preparer(example, rng)])
+        assert batch["pixels"].dtype == torch.uint8
+        torch.testing.assert_close(normalised(batch["pixels"], TRANSFORM)[0], exact, atol=0.02, rtol=0)
+    assert normalised(exact, TRANSFORM) is exact
 
 
-def keys(dataset):
-    return [row["key"] for row in dataset]
-
-
-def test_bad_pictures_are_named_and_passed_over(data, align, capsys):
-    dataset = ShardDataset(data, align, seed=0, max_skipped=2)
-    assert sorted(keys(dataset)) == GOOD
-    lines = sorted(capsys.readouterr().err.splitlines())
-    assert [line.split(":")[:2] for line in lines] == [["skipped", " not-an-image"]] * 2
-    assert "is not an image" in lines[0]
-    assert sorted(keys(dataset)) == GOOD  # the budget is one epoch's
-
-
-def test_one_bad_picture_more_than_allowed_stops_the_run(data, align):
-    with pytest.raises(ValueError, match=r"2 samples could not be used, more than data\.max_skipped 1.*s07"):
-        keys(ShardDataset(data, align, seed=None, max_skipped=1))
-
-
-def test_every_epoch_has_its_own_order_and_the_seed_decides_it(data, align):
-    def epochs(seed):
-        dataset = ShardDataset(data, align, seed=seed, max_skipped=2)
-        return keys(dataset), keys(dataset)
-
-    first, second = epochs(1)
-    assert epochs(1) == (first, second)
-    assert first != second and sorted(first) == sorted(second) == GOOD
-    assert epochs(2)[0] != first
-    assert epochs(None) == (GOOD, GOOD)
-
-
-def test_length_is_the_number_of_samples(data, align):
-    assert len(ShardDataset(data, align, seed=0, max_skipped=2)) == 12
-
-
-def test_empty_data_set_is_refused(tmp_path, align):
-    write_shards([], tmp_path, source={})
-    with pytest.raises(ValueError, match="holds no samples"):
-        ShardDataset(tmp_path, align, seed=0, max_skipped=0)
-
-
-def test_data_module_refuses_a_wrong_path_and_an_empty_batch_at_once(data, tmp_path):
-    for paths in ({"path": str(tmp_path / "none")}, {"path": str(data), "val_path": str(tmp_path / "none")}):
-        with pytest.raises(ValueError, match=r"none/manifest\.json: no such file"):
-            ShardData(**paths)
-    with pytest.raises(ValueError, match=r"data\.batch_size is 0"):
-        ShardData(str(data), batch_size=0)
+def test_broken_picture_is_a_fault_of_its_kind_when_decoded_fast_too(align, rng):
+    with fault("damaged-image", "^s1: "):
+        replace(align, fast=True)(sample(image=png()[:60], captions=["a"]), rng)

@@ -4,6 +4,7 @@ import csv
 import math
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from visplice.lm.extension import EMBEDDED, load_backbones, load_extension
 from visplice.lm.prompt import IGNORE
 from visplice.projector.mlp import rms
 from visplice.train.align import MAX_LOGIT_SCALE, Align
+from visplice.train.data.prepare import normalised
 from visplice.train.data.record import Sample
 from visplice.train.data.shards import read_samples, write_shards
 from visplice.train.instruct import Instruct
@@ -56,7 +58,7 @@ def plain_loss(model, batch):
     for ids, labels in zip(batch["ids"], batch["labels"], strict=True):
         length = int((labels != IGNORE).nonzero().max()) + 1  # every sample ends with a supervised token
         images = int((ids == model.visual.start).sum())
-        features = model.features(batch["pixels"][used : used + images])
+        features = model.features(normalised(batch["pixels"][used : used + images], model.encoder.transform))
         used += images
         logits = model.lm.logits(model.lm.hidden(model.embed(ids[None, :length], features)))[0]
         total = total + F.cross_entropy(logits[:-1], labels[1:length], ignore_index=IGNORE, reduction="sum")
@@ -280,6 +282,21 @@ def test_length_that_the_decoder_does_not_have_is_refused(encoder, length):
         Instruct(encoder, EMBEDDED, max_length=length)
 
 
-def test_fewer_samples_than_a_batch_is_said(encoder, scenes_folder, train, tmp_path):
-    with pytest.raises(ValueError, match=r"48 samples a rank, fewer than data\.batch_size 64"):
-        train(Align(encoder, EMBEDDED, hidden=16), scenes_folder, tmp_path, steps=1, batch_size=64)
+def test_fewer_samples_than_a_batch_are_a_short_batch(encoder, scenes_folder, train, tmp_path):
+    module = WatchedAlign(encoder, EMBEDDED, hidden=16)
+    train(module, scenes_folder, tmp_path, steps=2, batch_size=64)
+    assert len(module.losses) == 2
+
+
+def test_batch_without_a_row_changes_no_weight(instructed, aligned):
+    for module in (instructed.module, aligned.module):
+        batch = module.preparer.collate([])
+        module.zero_grad()
+        with mock.patch("visplice.train.align.log_learning_rate"):
+            loss = module.training_step(batch, 0)
+        assert loss.item() == 0
+        loss.backward()
+        trained = [p for p in module.parameters() if p.requires_grad]
+        assert trained and all(p.grad is not None and not p.grad.any() for p in trained)
+        module.zero_grad()
+        module.validation_step(batch, 0)

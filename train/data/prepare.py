@@ -12,6 +12,7 @@ from torch import Tensor
 from visplice.lm.prompt import IGNORE, PromptBuilder
 from visplice.lm.tokenizer import Tokenizer
 from visplice.train.data.record import MARK, Fault, Sample, check_marks
+from visplice.vision.fast_transform import FastTransform
 from visplice.vision.image import ImageError, open_image
 from visplice.vision.transform import Transform
 
@@ -27,6 +28,7 @@ class AlignPreparer:
 
     transform: Transform
     tokenizer: Tokenizer
+    fast: bool = False  # decode in less time, to uint8 that `normalised` takes; for training
 
     def __call__(self, sample: Sample, rng: random.Random) -> Row:
         if not sample.images:
@@ -34,7 +36,7 @@ class AlignPreparer:
         ids = self.tokenizer.encode(rng.choice(captions(sample)))
         if not ids:
             raise Fault("no-tokens", f"{sample.key} has a caption without a token")
-        pixels = _decode(self.transform, sample.images[0][1], sample.key)
+        pixels = _decode(self.transform, sample.images[0][1], sample.key, fast=self.fast)
         return {"key": sample.key, "pixels": pixels, "caption": torch.tensor(ids)}
 
     def collate(self, rows: list[Row]) -> dict[str, Any]:
@@ -43,7 +45,7 @@ class AlignPreparer:
         ids = [row["caption"] for row in rows]
         return {
             "keys": [row["key"] for row in rows],
-            "pixels": _stack([row["pixels"] for row in rows], self.transform.image_size),
+            "pixels": _stack([row["pixels"] for row in rows], self.transform.image_size, fast=self.fast),
             "captions": torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int64),
             "offsets": lengths.cumsum(0) - lengths,
         }
@@ -57,6 +59,7 @@ class InstructPreparer:
     prompts: PromptBuilder
     max_length: int  # positions, visual tokens included
     image_size: int
+    fast: bool = False  # as above
 
     def __call__(self, sample: Sample, rng: random.Random) -> Row:
         messages = llava_messages(sample)
@@ -81,7 +84,7 @@ class InstructPreparer:
         pictures = sample.images[: prompt.num_images]
         return {
             "key": sample.key,
-            "pixels": [_decode(self.transform, data, sample.key) for _, data in pictures],
+            "pixels": [_decode(self.transform, data, sample.key, fast=self.fast) for _, data in pictures],
             "ids": prompt.ids,
             "labels": prompt.labels,
             "dropped": dropped,
@@ -94,30 +97,37 @@ class InstructPreparer:
             "keys": [row["key"] for row in rows],
             "ids": _pad(rows, "ids", 0, width),
             "labels": _pad(rows, "labels", IGNORE, width),
-            "pixels": _stack([pixels for row in rows for pixels in row["pixels"]], self.image_size),
+            "pixels": _stack([p for row in rows for p in row["pixels"]], self.image_size, fast=self.fast),
             "dropped_turns": sum(row["dropped"] for row in rows),
         }
 
     @staticmethod
-    def supervised(batch: dict[str, Any]) -> bool:
-        """Whether any token of the batch has a label."""
-        return bool((batch["labels"][:, 1:] != IGNORE).any())
+    def num_supervised(batch: dict[str, Any]) -> int:
+        """Tokens of the batch that are predicted."""
+        return int((batch["labels"][:, 1:] != IGNORE).sum())
 
 
-def _decode(transform: Transform, data: bytes, key: str) -> Tensor:
+def _decode(transform: Transform, data: bytes, key: str, *, fast: bool) -> Tensor:
     try:
-        return transform(open_image(data))
+        return FastTransform(transform)(data) if fast else transform(open_image(data))
     except ImageError as error:
         raise Fault(error.kind, f"{key}: {error}") from error
 
 
-def _stack(pictures: list[Tensor], side: int) -> Tensor:
-    return torch.stack(pictures) if pictures else torch.zeros(0, 3, side, side)
+def normalised(pixels: Tensor, transform: Transform) -> Tensor:
+    """Pixels `[..., 3, H, W]` of a batch as the encoder takes them, on their device; those decoded exactly are it."""
+    return transform.normalise(pixels) if pixels.dtype == torch.uint8 else pixels
+
+
+def _stack(pictures: list[Tensor], side: int, *, fast: bool) -> Tensor:
+    if pictures:
+        return torch.stack(pictures)
+    return torch.zeros(0, 3, side, side, dtype=torch.uint8 if fast else torch.float32)
 
 
 def _pad(rows: list[Row], name: str, value: int, width: int) -> Tensor:
     padded = [row[name] + [value] * (width - len(row[name])) for row in rows]
-    return torch.tensor(padded, dtype=torch.int64).view(len(rows), width)
+    return torch.tensor(padded, dtype=torch.int64).reshape(len(rows), width)
 
 
 def captions(sample: Sample) -> list[str]:
@@ -129,7 +139,7 @@ def captions(sample: Sample) -> list[str]:
     found = sample.record.get("captions")
     if found:
         return found
-    turns = sample.record.get("conversations") or ()
+    turns = sample.record.get("conversations") or []
     if len(turns) == 2:
         return [turns[1]["value"]]
     raise Fault("no-text", f"{sample.key} has no captions, and {len(turns)} turns are not one question and its answer")
