@@ -1,8 +1,8 @@
 """`visplice data encode`: the frozen encoder over a data set once, so that training needs it no more.
 
 One file of features for every shard, written beside its place, synced and renamed: killed at any moment and run again,
-the job goes on behind the last whole file and ends with the same bytes. Decoding runs in threads and feeds the encoder in
-batches that end with their shard, so that neither the number of threads nor an interruption shows in the result.
+the job goes on behind the last whole file and ends with the same bytes. Decoding runs in threads and feeds the encoder
+in batches that end with their shard, so that neither the number of threads nor an interruption shows in the result.
 """
 
 from __future__ import annotations
@@ -219,11 +219,24 @@ class _Job:
 
     def _shard(self, shard: int, quota: int, stream: Iterator[tuple[str, _Outcome]], bar: tqdm[Any]) -> None:
         """Encodes one shard and puts its files into place, the one that counts last."""
-        rows, batch = Rows(quota), []
-        skipped = self._skipped[shard] = []
         tokens = None
         if self._config.tokens:
             tokens = TokensFile(self._out / tokens_name(shard), self._vision.num_tokens, self._vision.dim)
+        try:
+            rows = self._rows(shard, quota, tokens, stream, bar)
+            stored = tokens.close() if tokens else None
+        except BaseException:
+            if tokens:
+                tokens.discard()
+            raise
+        note = {"identity": self._identity, "skipped": self._skipped[shard], "tokens": stored}
+        write_features(self._out / features_name(shard), rows.tensors(self._vision, self._made_with["d_lm"]), note)
+
+    def _rows(
+        self, shard: int, quota: int, tokens: TokensFile | None, stream: Iterator[tuple[str, _Outcome]], bar: tqdm[Any]
+    ) -> Rows:
+        rows, batch = Rows(quota), []
+        skipped = self._skipped[shard] = []
         for _ in range(self._data.counts[shard]):
             key, outcome = next(stream)
             try:
@@ -238,9 +251,7 @@ class _Job:
             bar.update()
         if batch:
             self._encode(batch, rows, tokens)
-        note = {"identity": self._identity, "skipped": skipped, "tokens": tokens.close() if tokens else None}
-        tensors = rows.tensors(self._vision, self._made_with["d_lm"])
-        write_features(self._out / features_name(shard), tensors, note)
+        return rows
 
     @torch.inference_mode()
     def _encode(self, batch: Sequence[Decoded], rows: Rows, tokens: TokensFile | None) -> None:
@@ -272,9 +283,12 @@ class _Job:
 
     def _list_skipped(self) -> None:
         lines = [json.dumps(skipped) + "\n" for shard in sorted(self._skipped) for skipped in self._skipped[shard]]
-        partial = self._out / f"{SKIPPED}.partial"
-        partial.write_text("".join(lines))
-        os.replace(partial, self._out / SKIPPED)
+        self._write(SKIPPED, "".join(lines))
+
+    def _write(self, name: str, text: str) -> None:
+        partial = self._out / f"{name}.partial"
+        partial.write_text(text)
+        os.replace(partial, self._out / name)
 
     def _entry(self, shard: int) -> dict[str, Any] | None:
         """What `features.json` says of a file, and None where there is none that is whole and of this job."""
@@ -316,7 +330,7 @@ class _Job:
         stage = (
             f"# The frozen parts of these features, for `visplice align`.\n{yaml.safe_dump(frozen, sort_keys=False)}"
         )
-        (self._out / STAGE).write_text(stage)
+        self._write(STAGE, stage)
         write_json(self._out / FEATURES, manifest)
         (self._out / JOB).unlink()
         return manifest

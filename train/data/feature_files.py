@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -112,8 +113,9 @@ class TokensFile:
         return {"name": self._file.name, **weigh(self._file)}
 
     def discard(self) -> None:
-        """Lets go of a file that will not be finished."""
-        self._stream.close()
+        """Lets go of a file that will not be finished, so that a full disk has room again."""
+        with contextlib.suppress(OSError):  # what waits in the buffer does not fit either
+            self._stream.close()
         self._partial.unlink(missing_ok=True)
 
 

@@ -73,6 +73,11 @@ class FeatureSet:
         """The encoder that the features came from."""
         return EncoderConfig(**self.made_with["encoder"])
 
+    @property
+    def controls(self) -> list[str]:
+        """Control tokens of the tokenizer that the captions went through, which show the family of the LLaMA."""
+        return self.made_with["controls"]
+
     def describe(self) -> dict[str, Any]:
         """Path and number of samples for people, and a digest of what the files hold."""
         files = [entry["sha256"] for entry in self.manifest["files"]]

@@ -22,6 +22,7 @@ from visplice.lm.fingerprint import Fingerprint, fingerprint
 from visplice.lm.hub import resolve
 from visplice.lm.tokenizer import Tokenizer
 from visplice.lm.tokenizer_files import find_tokenizer
+from visplice.train.data.features import STAGE, FeatureSet
 from visplice.vision.encoder import EncoderConfig, VisionEncoder
 
 # Where things lie, what follows from the rest, and what is only told: none of it makes other features.
@@ -56,7 +57,7 @@ class Text:
 
     def means(self, captions: Sequence[Sequence[int]]) -> Tensor:
         """Mean embeddings `[C, D]` of captions of at least one id each, float32; only their rows are read."""
-        lengths = torch.tensor([len(ids) for ids in captions])
+        lengths = torch.tensor([len(ids) for ids in captions], dtype=torch.int64)
         flat = torch.tensor([token for ids in captions for token in ids], dtype=torch.int64)
         used, ids = flat.unique(return_inverse=True)
         return F.embedding_bag(ids, self.table[used].float(), lengths.cumsum(0) - lengths, mode="mean")
@@ -193,8 +194,32 @@ def refuse_other_lm(cached: Mapping[str, Any], given: str, where: str) -> None:
         raise ValueError(_refusal(where, found))
 
 
+def refuse_other_features(source: Any, own: FeatureSet | None) -> None:
+    """Holds a data set against the features that a model was built for, or None where it was built with its backbones.
+
+    Raises:
+        ValueError: it is of the other kind, or its features were made with other backbones.
+    """
+    if own is None:
+        if isinstance(source, FeatureSet):
+            raise ValueError(f"{source.path} holds features, but the model was built for pictures; name model.features")
+    elif not isinstance(source, FeatureSet):
+        raise ValueError(
+            f"{source.path} holds no features, but {own.path} does and the model was built for them; run "
+            "`visplice data encode` on it too"
+        )
+    else:
+        names = ("encoder", "transform", "fingerprint")
+        theirs, ours = ({name: made[name] for name in names} for made in (own.made_with, source.made_with))
+        if different := differences(theirs, ours):
+            raise ValueError(
+                f"the features in {own.path} and in {source.path} were made with different parts: "
+                f"{'; '.join(different)}; train on features of one kind"
+            )
+
+
 def _refusal(where: str, found: Sequence[str]) -> str:
     return (
-        f"the features in {where} were made with other parts than the model has: {'; '.join(found)}; leave "
-        "model.encoder and model.lm out to take those of the features, or encode the data again"
+        f"the features in {where} were made with other parts than the model has: {'; '.join(found)}; "
+        f"--config {where}/{STAGE} takes those of the features, or encode the data again"
     )
