@@ -1,8 +1,9 @@
 """Replaces e-mail addresses, telephone numbers, postal addresses and IP addresses in text by what they are.
 
 Names of people are left: nothing that runs offline at this speed finds them without taking half the world's places for
-people. Telephone numbers are those that libphonenumber takes for valid in one of the regions, written with separators
-or behind a word such as "call"; digits in a row alone are more often a serial number.
+people. Telephone numbers are those that libphonenumber takes for valid in one of the regions, if they are written as
+such: with +, brackets, dashes or dots, or with spaces and a 0 in front. Digits in a row, and 12 345 678 or the like,
+are more often something else, and count only behind a word such as "call".
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _PHONE_WORD = (
     r"\W{0,3}(?:(?:number|no|nr|us|me|now|today|is|at|on|toll.free)\b\W{0,3}){0,2}"
 )
 _BEHIND_WORD = re.compile(_PHONE_WORD + r"(?P<number>[(+]{0,2}\d[\d\s().\-/]{5,18}\d)(?!\d)", re.IGNORECASE)
+_ANY_NUMBER = re.compile(r"\d+|[1-9][\d\s]*|0\s[\d\s]*")
 _WORD_BEFORE = re.compile(_PHONE_WORD + r"[(+]{0,2}$", re.IGNORECASE)
 # What pyap does not know: any house with town, state and ZIP code; a box at the post office; streets on the Continent,
 # where the number stands before or behind and the code before the town.
@@ -120,8 +122,7 @@ class Privacy(Filter):
         strict = phonenumbers.Leniency.STRICT_GROUPING
         for region in self.regions:
             for match in phonenumbers.PhoneNumberMatcher(text, region, leniency=strict):
-                bare = match.raw_string.isdigit()
-                if not bare or _WORD_BEFORE.search(text[: match.start]):
+                if not _ANY_NUMBER.fullmatch(match.raw_string) or _WORD_BEFORE.search(text[: match.start]):
                     yield match.start, match.end
         for match in _BEHIND_WORD.finditer(text):
             if 7 <= sum(letter.isdigit() for letter in match["number"]) <= 15:
@@ -168,7 +169,12 @@ def _addresses(text: str) -> Iterator[tuple[int, int]]:
         raise ValueError("privacy needs the package pyap: pip install 'visplice[data]'") from None
     for country in ("US", "GB", "CA"):
         for found in pyap.parse(text, country=country):
-            yield found.match_start, found.match_end
+            start, end = found.match_start, found.match_end
+            start += len(text[start:end]) - len(text[start:end].lstrip(" ,"))
+            before, behind = text[:start][-1:], text[end : end + 1]
+            # British postcodes alone are found inside serial numbers, too.
+            if not (before.isalnum() or behind.isalnum()) and len(text[start:end].split()) >= 3:
+                yield start, end
     for pattern in _ADDRESSES:
         yield from (match.span() for match in pattern.finditer(text))
 
