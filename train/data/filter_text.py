@@ -110,7 +110,7 @@ class Length(Filter):
     max_characters: int | None = None
     min_tokens: int | None = None
     max_tokens: int | None = None
-    tokenizer: str | None = None  # folder or file of the LLaMA's tokenizer
+    tokenizer: str | None = None  # folder or file of the LLaMA's tokenizer, or 'embedded'
     fields: tuple[str, ...] = ("captions",)
     answers_are_captions: bool = False
 
@@ -153,6 +153,7 @@ _UNITS = ("words", "characters", "tokens")
 
 @functools.cache
 def _tokenizer(path: str) -> Any:
+    from visplice.lm.extension import EMBEDDED, embedded_folder
     from visplice.lm.tokenizer import Tokenizer
 
-    return Tokenizer.from_pretrained(path)
+    return Tokenizer.from_pretrained(embedded_folder("lm") if path == EMBEDDED else path)
