@@ -13,8 +13,8 @@ RESIZE_MODES = ("crop", "pad", "squash")
 
 # A picture one pixel wide would be blown up to gigabytes on its way to a small square. Beyond these bounds, which few
 # photographs reach, it is cut or shrunk first; within them the arithmetic is that of the reference.
-_MAX_ASPECT = 32  # crop: long side to short side
-_MAX_SIDE = 10_000  # pad: side of the square before it is shrunk, pixels
+MAX_ASPECT = 32  # crop: long side to short side
+MAX_SIDE = 10_000  # pad: side of the square before it is shrunk, pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +75,9 @@ class Transform:
 
     def _crop(self, image: Image.Image) -> Image.Image:
         short, long = sorted(image.size)
-        if long > _MAX_ASPECT * short:
-            image = _centre(image, min(image.width, _MAX_ASPECT * short), min(image.height, _MAX_ASPECT * short))
-            long = _MAX_ASPECT * short
+        if long > MAX_ASPECT * short:
+            image = _centre(image, min(image.width, MAX_ASPECT * short), min(image.height, MAX_ASPECT * short))
+            long = MAX_ASPECT * short
         size = self.image_size
         long = int(size * long / short)
         image = image.resize((size, long) if image.width <= image.height else (long, size), Image.Resampling.BICUBIC)
@@ -85,9 +85,9 @@ class Transform:
 
     def _pad(self, image: Image.Image) -> Image.Image:
         side = max(image.size)
-        if side > _MAX_SIDE:
-            width, height = (max(1, round(length * _MAX_SIDE / side)) for length in image.size)
-            image, side = image.resize((width, height), Image.Resampling.BICUBIC), _MAX_SIDE
+        if side > MAX_SIDE:
+            width, height = (max(1, round(length * MAX_SIDE / side)) for length in image.size)
+            image, side = image.resize((width, height), Image.Resampling.BICUBIC), MAX_SIDE
         square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in self.mean))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return self._squash(square)
