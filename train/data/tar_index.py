@@ -119,10 +119,10 @@ class _Builder:
         if slot.fault is not None:
             return False
         try:
-            read_slot(self._descriptor, slot, images=False)
+            sample = read_slot(self._descriptor, slot, images=False)
         except Fault as fault:
             return fault.name in ("missing-image", "missing-record")
-        return False
+        return not sample.images and "images" not in sample.record  # a caption whose picture may have been lost
 
 
 def read_slot(descriptor: int, slot: Slot, *, images: bool = True) -> Sample:
