@@ -39,7 +39,8 @@ class Address(NamedTuple):
 
 
 def _digest(parts: tuple[Any, ...], size: int) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=size).digest(), "little")
+    text = "/".join(map(str, parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest(), "little")
 
 
 def permutation(count: int, *parts: int | str) -> Integers:

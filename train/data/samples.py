@@ -133,12 +133,12 @@ def delivered(iterator: Iterator[Any], skipped: SkippedSamples) -> dict[str, Any
     """
     try:
         batch, left_out, error = next(iterator)
-    except RuntimeError as problem:
-        if "DataLoader worker" not in str(problem):
+    except (RuntimeError, EOFError, OSError) as problem:  # what a worker cannot read, it says by `error`
+        if isinstance(problem, RuntimeError) and "DataLoader worker" not in str(problem):
             raise
         raise ChildProcessError(
-            f"a process that reads data was ended from outside, most often because memory ran out ({problem}); lower "
-            "data.num_workers or data.batch_size"
+            f"a process that reads data is gone ({problem or type(problem).__name__}); most often the system ended it "
+            "because memory ran out, so lower data.num_workers or data.batch_size"
         ) from problem
     skipped.note(left_out)
     if batch is None:
