@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from visplice.lm.extension import save_extension
 from visplice.lm.vision_llama import VisionLlama
 
 if TYPE_CHECKING:
@@ -74,11 +76,19 @@ def checksum(module: nn.Module) -> str:
 class FrozenBackbones:
     """Mixed into the Lightning modules: frozen parts must end as they began, and are kept out of checkpoints."""
 
-    model: VisionLlama
+    model: Any  # VisionLlama, or the projector alone
+    lm_source: str
     strict_loading = False  # a checkpoint holds the trainable weights alone
 
     def _backbones(self) -> dict[str, nn.Module]:
+        """The frozen parts that are in memory: none where the data holds their features."""
+        if not isinstance(self.model, VisionLlama):
+            return {}
         return {"encoder": self.model.encoder, "decoder": self.model.lm}
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the extension folder."""
+        save_extension(self.model, folder, lm=self.lm_source)
 
     def on_fit_start(self) -> None:
         self._checksums = {name: checksum(part) for name, part in self._backbones().items()}

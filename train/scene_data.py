@@ -14,7 +14,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from visplice.train import scene_words, scenes
-from visplice.train.data.shards import SCHEMA, Sample, read_manifest, write_json, write_shards
+from visplice.train.data.record import SCHEMA, Sample
+from visplice.train.data.shards import read_manifest, write_json, write_shards
 
 QUESTIONS_FILE = "v2_OpenEnded_scenes_test_questions.json"
 ANNOTATIONS_FILE = "v2_scenes_test_annotations.json"
@@ -47,7 +48,7 @@ def training_samples(count: int, seed: int, questions: int) -> Iterator[Sample]:
             conversations.append({"from": "human", "value": mark + question})
             conversations.append({"from": "gpt", "value": answer})
         record = {"captions": [scene_words.caption(scene)], "conversations": conversations}
-        yield Sample(key=f"scene{index:06d}", image=_png(scenes.render(scene, rng)), record=record)
+        yield Sample(key=f"scene{index:06d}", images=(("png", _png(scenes.render(scene, rng))),), record=record)
 
 
 def write_training(folder: Path, *, count: int, seed: int, questions: int = 6) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from dataclasses import dataclass
 
-from PIL import Image
+from PIL import Image, ImageFile
 
-from visplice.vision.image import FORMATS, open_image, orientation
+from visplice.vision.image import FORMATS, ImageError, open_image, orientation
 
 # What `open_image` refuses, by ImageError.kind.
 IMAGE_FAULTS = {
@@ -39,9 +40,19 @@ SUFFIXES = {
     "AVIF": "avif",
     "JPEG2000": "jp2",
 }
-_SAME = {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "tiff": "tif", "dib": "bmp", "apng": "png", "j2k": "jp2"} | {
-    name: "ppm" for name in ("pgm", "pbm", "pnm")
-}
+_SAME = {
+    "jpeg": "jpg",
+    "jpe": "jpg",
+    "jfif": "jpg",
+    "tiff": "tif",
+    "dib": "bmp",
+    "apng": "png",
+    "j2k": "jp2",
+    "j2c": "jp2",
+    "jpc": "jp2",
+    "jpf": "jp2",
+    "jpx": "jp2",
+} | {name: "ppm" for name in ("pgm", "pbm", "pnm")}
 IMAGE_SUFFIXES = frozenset((*SUFFIXES.values(), *_SAME))
 
 
@@ -62,29 +73,32 @@ def examine(data: bytes, extension: str | None = None) -> tuple[ImageFacts, Imag
         data: the bytes of the file.
         extension: what its name ends in, to notice another format; None where it has none.
     Raises:
-        ImageError: `open_image` cannot read it; `kind` is a name of IMAGE_FAULTS.
+        ImageError: it cannot be read; `kind` is a name of IMAGE_FAULTS.
     """
     decoded = open_image(data)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            # JPEGs of several pictures (MPO) open under a format of their own.
-            suffix = SUFFIXES.get("JPEG" if image.format == "MPO" else str(image.format), "img")
-            odd = {
-                "wrong-extension": extension is not None and _plain(extension) != suffix,
-                "cmyk": image.mode == "CMYK",
-                "16-bit": image.mode.startswith(("I", "F")) or _deep_png(data),
-                "alpha": image.has_transparency_data,
-                "animated": image.format != "MPO" and getattr(image, "n_frames", 1) > 1,
-                "exif-rotation": orientation(image) not in (0, 1),
-            }
-            facts = ImageFacts(
-                suffix=suffix,
-                width=image.width,
-                height=image.height,
-                oddities=tuple(name for name, found in odd.items() if found),
-            )
-    return facts, decoded
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                return _facts(image, extension), decoded
+    except Exception as error:  # it decodes, but metadata that nobody needed until now may hold anything
+        raise ImageError(f"the image ({len(data)} bytes) is damaged ({error or type(error).__name__})") from error
+
+
+def _facts(image: Image.Image, extension: str | None) -> ImageFacts:
+    """Of a picture that is opened and not yet loaded: loading turns a TIFF, and forgets how it was stored."""
+    # JPEGs of several pictures (MPO) open under a format of their own.
+    suffix = SUFFIXES["JPEG" if image.format == "MPO" else str(image.format)]
+    odd = {
+        "wrong-extension": extension is not None and _plain(extension) != suffix,
+        "cmyk": image.mode == "CMYK",
+        "16-bit": image.mode.startswith(("I", "F")) or _is_deep(image),
+        "alpha": image.has_transparency_data,
+        "exif-rotation": 2 <= orientation(image) <= 8,
+        "animated": image.format != "MPO" and _is_animated(image),
+    }
+    oddities = tuple(name for name in ODDITIES if odd[name])
+    return ImageFacts(suffix=suffix, width=image.width, height=image.height, oddities=oddities)
 
 
 def _plain(extension: str) -> str:
@@ -92,6 +106,21 @@ def _plain(extension: str) -> str:
     return _SAME.get(lower, lower)
 
 
-def _deep_png(data: bytes) -> bool:
-    """Pillow opens colour PNGs of 16 bits as 8-bit RGB; the header says what they are."""
-    return data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10"
+def _is_deep(image: Image.Image) -> bool:
+    """Pillow opens colours of 16 bits as 8-bit RGB; how it is going to unpack them says what they are."""
+    for tile in image.tile if isinstance(image, ImageFile.ImageFile) else ():
+        arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
+        if re.search(r";(12|16|32)", str(arguments[0])) or (image.format == "PPM" and _is_over_255(arguments[-1])):
+            return True
+    return False
+
+
+def _is_over_255(value: object) -> bool:  # the largest level that a PPM names
+    return isinstance(value, int) and value > 255
+
+
+def _is_animated(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # something is there behind the first frame, and it is damaged
+        return True

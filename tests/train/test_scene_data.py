@@ -135,10 +135,10 @@ def test_interrupted_folder_is_written_anew(tmp_path, content):
 
 
 def test_training_samples_have_a_picture_a_caption_and_a_conversation(scenes_folder):
-    samples = list(read_samples([str(scenes_folder / "shard-000000.tar")], shuffle_seed=None))
+    samples = list(read_samples([str(scenes_folder / "shard-000000.tar")]))
     assert [sample.key for sample in samples] == [f"scene{index:06d}" for index in range(48)]
     for sample in samples:
-        assert open_image(sample.image).size == (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE)
+        assert open_image(sample.images[0][1]).size == (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE)
         turns = sample.record["conversations"]
         assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2) and 2 <= len(turns) <= 6
         assert [turn["value"].startswith("<image>\n") for turn in turns] == [True] + [False] * (len(turns) - 1)

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def parse_index(text: bytes, name: str) -> dict[str, Any]:
             {"options", "examples"} <= entry.keys()
             and all(isinstance(entry[field], str) for field in ("file", "sha256", "filter"))
             and all(isinstance(entry["counts"][field], int) for field in ("dropped", "edited"))
-            and "/" not in entry["file"]
+            and re.fullmatch(r"\d+-[\w-]+\.jsonl", entry["file"])
             for entry in index["applied"]
         )
     except (KeyError, TypeError, AttributeError):
@@ -161,8 +162,12 @@ def read_curation(read: Callable[[str], bytes], manifest: Mapping[str, Any], whe
             f"{where}/{INDEX}: {names} was applied to other shards, the data set was made again since; take it back "
             "with `visplice data curate DIR --undo all` and apply it anew"
         )
+    return _read_overlays(read, index["applied"], where)
+
+
+def _read_overlays(read: Callable[[str], bytes], applied: Sequence[Mapping[str, Any]], where: str) -> Curation:
     overlays = []
-    for entry in index["applied"]:
+    for entry in applied:
         try:
             overlays.append(read(f"{FOLDER}/{entry['file']}"))
         except FileNotFoundError:
@@ -170,7 +175,16 @@ def read_curation(read: Callable[[str], bytes], manifest: Mapping[str, Any], whe
                 f"{where}/{FOLDER}/{entry['file']}: missing, though {entry['filter']} is applied; take it back with "
                 f"`visplice data curate DIR --undo {entry['filter']}`"
             ) from None
-    return Curation(index["applied"], overlays)
+    return Curation(applied, overlays)
+
+
+def curation_of(folder: Path, applied: Sequence[Mapping[str, Any]]) -> Curation:
+    """The curation by these overlays of a local folder, whatever its index says.
+
+    Raises:
+        ValueError: one is missing, or is not what its entry says.
+    """
+    return _read_overlays(lambda name: (folder / name).read_bytes(), applied, str(folder))
 
 
 def load_curation(folder: str | Path, manifest: Mapping[str, Any] | None = None) -> Curation:
