@@ -43,11 +43,16 @@ def lm_folder(lm: str) -> str | Path:
 
 
 def load_backbones(
-    encoder: EncoderConfig, lm: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    encoder: EncoderConfig,
+    lm: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantise: str | None = None,
 ) -> tuple[VisionEncoder, Any, Tokenizer]:
-    """Encoder, decoder and tokenizer; `lm` is a folder, a hub name, or 'embedded'."""
+    """Encoder, decoder and tokenizer; `lm` is a folder, a hub name, or 'embedded', `quantise` as for `load_llama`."""
     folder = resolve(lm_folder(lm))
-    llama = load_llama(folder, dtype=dtype, device=device)
+    llama = load_llama(folder, dtype=dtype, device=device, quantise=quantise)
     tokenizer = load_tokenizer(folder, llama.config.vocab_size)
     vision = VisionEncoder(encoder)
     vision.vit.fingerprint = fingerprint(vision.vit)  # before the cast, which rounds

@@ -1,9 +1,9 @@
 """Contrastive objectives over the pairs of all ranks, without the matrix of all cosines ever in memory.
 
-The text side is frozen, so only the gradient of the pictures is needed. Every rank multiplies its own pictures with the
-captions of all ranks, tile by tile, twice: once for the normalisers, once for the gradient. The normaliser of a caption
-runs over all pictures, so it is put together from the ranks' shares; pictures are never sent. That is what a gather with
-gradients through it gives, at half of its products.
+The text side is frozen, so only the gradient of the pictures is needed. Every rank multiplies its own pictures with
+the captions of all ranks, tile by tile, twice: once for the normalisers, once for the gradient. The normaliser of a
+caption runs over all pictures, so it is put together from the ranks' shares; pictures are never sent. That is what a
+gather with gradients through it gives, at half of its products.
 
 Shape letters: b pairs of this rank, N pairs of all ranks, D width.
 """
@@ -54,6 +54,13 @@ class Pairs:
 
 def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def mean_of_all(rows: Tensor) -> Tensor:
+    """The mean `[D]` of the rows `[b, D]` of all ranks."""
+    total = torch.cat([rows.sum(0, dtype=torch.float32), rows.new_tensor([len(rows)], dtype=torch.float32)])
+    _summed(total)
+    return (total[:-1] / total[-1].clamp(min=1)).to(rows.dtype)
 
 
 def _summed(value: Tensor) -> Tensor:

@@ -1,18 +1,12 @@
-"""What both stages share: the optimizer, its schedule, and the watch over what is frozen."""
+"""The optimizer of both stages and its schedule."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-
-from visplice.lm.extension import save_extension
-from visplice.lm.vision_llama import VisionLlama
 
 if TYPE_CHECKING:
     import lightning as L
@@ -62,48 +56,3 @@ def log_learning_rate(module: L.LightningModule) -> None:
     """Logs the rate of the step that is being taken."""
     optimizer: Any = module.optimizers()
     module.log("train/lr", optimizer.param_groups[0]["lr"])
-
-
-def checksum(module: nn.Module) -> str:
-    """SHA-256 over every byte of a module's tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-class FrozenBackbones:
-    """Mixed into the Lightning modules: frozen parts must end as they began, and are kept out of checkpoints."""
-
-    model: Any  # VisionLlama, or the projector alone
-    lm_source: str
-    strict_loading = False  # a checkpoint holds the trainable weights alone
-
-    def _backbones(self) -> dict[str, nn.Module]:
-        """The frozen parts that are in memory: none where the data holds their features."""
-        if not isinstance(self.model, VisionLlama):
-            return {}
-        return {"encoder": self.model.encoder, "decoder": self.model.lm}
-
-    def save(self, folder: str | Path) -> None:
-        """Writes the extension folder."""
-        save_extension(self.model, folder, lm=self.lm_source)
-
-    def on_fit_start(self) -> None:
-        self._checksums = {name: checksum(part) for name, part in self._backbones().items()}
-
-    def on_fit_end(self) -> None:
-        for name, part in self._backbones().items():
-            if checksum(part) != self._checksums[name]:
-                raise RuntimeError(f"the frozen {name} changed during training")
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        frozen = ("model.encoder.", "model.lm.")
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith(frozen)}
-
-    def check_finite(self, loss: Tensor, keys: list[str]) -> None:
-        """Stops at the first loss that is no number."""
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} in the batch of samples {', '.join(keys)}")

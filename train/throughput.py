@@ -49,10 +49,8 @@ def _wait(device: torch.device) -> None:
 
 def weights_multiplied(module: nn.Module) -> int:
     """Weights of all linear layers, whatever form they are kept in."""
-    sizes = (
-        layer.in_features * layer.out_features for layer in module.modules() if hasattr(layer, "in_features")
-    )
-    return sum(int(size) for size in sizes)  # type: ignore[call-overload]
+    layers: list[Any] = [layer for layer in module.modules() if hasattr(layer, "in_features")]
+    return sum(layer.in_features * layer.out_features for layer in layers)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from visplice.projector.mlp import Projector, ProjectorConfig
-from visplice.train.optim import OptimConfig, checksum, configure
+from visplice.train.optim import OptimConfig, configure
+from visplice.train.stage import checksum
 
 
 def test_rate_rises_falls_by_a_cosine_and_stays_at_the_floor():

@@ -18,7 +18,8 @@ from visplice.train.data.prepare import normalised
 from visplice.train.data.record import Sample
 from visplice.train.data.shards import read_samples, write_shards
 from visplice.train.instruct import Instruct
-from visplice.train.optim import OptimConfig, checksum
+from visplice.train.optim import OptimConfig
+from visplice.train.stage import checksum
 
 PROJECTOR = ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias", "sentinels")
 TALK = [{"from": "human", "value": "How many shapes are there?"}, {"from": "gpt", "value": "2"}]
