@@ -34,9 +34,9 @@ from visplice.train.evaluation import (
 )
 from visplice.train.instruct import Instruct
 from visplice.train.optim import OptimConfig
-from visplice.train.stage import checksum
 from visplice.train.report import plot_by_type, plot_examples, plot_losses
 from visplice.train.scene_data import write_test, write_training
+from visplice.train.stage import checksum
 from visplice.train.trainer import fit, parameter_counts
 
 

@@ -115,7 +115,7 @@ class Align(Stage):
         if self.trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}, and accumulated batches "
-                "are no negatives of each other; raise data.batch_size, pictures are encoded model.encode_batch at a time"
+                "are no negatives of each other; raise data.batch_size: pictures are encoded model.encode_batch a time"
             )
 
     @torch.no_grad()

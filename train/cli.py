@@ -14,6 +14,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from visplice.train.data.features import STAGE, is_feature_folder
 from visplice.train.data.module import ShardData
+from visplice.train.resume import Checkpoints, newest
+from visplice.train.throughput import Throughput
 from visplice.train.trainer import loggers, parameter_counts, quiet_lightning
 
 # Short names that mean the same in every verb, and what Lightning calls them.
@@ -31,6 +33,8 @@ class StageCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--out", type=str, required=True, help="Folder for logs, checkpoints and the extension.")
+        parser.add_argument("--resume", type=str | None, default=None, help="'auto', or a checkpoint to go on from.")
+        parser.add_argument("--checkpoint_every", type=int, default=500, help="Optimizer steps between checkpoints.")
 
     def before_instantiate_classes(self) -> None:
         """Features bring their own model: the projector alone."""
@@ -44,7 +48,46 @@ class StageCLI(LightningCLI):
         for name in ("logger", "default_root_dir"):
             if (given := self._get(self.config, f"trainer.{name}")) is not None:
                 raise ValueError(f"trainer.{name} is {given!r}; logs and checkpoints go to --out {out}")
-        return super().instantiate_trainer(logger=loggers(out), default_root_dir=out, **kwargs)
+        callbacks = [Throughput()]
+        if self.config.subcommand == "fit":
+            config = self.parser.dump(self.config, skip_none=False)
+            callbacks.append(Checkpoints(out, self._get(self.config, "checkpoint_every"), config=config))
+        start = self._start()
+        return super().instantiate_trainer(
+            logger=loggers(out, "" if start is None else f"from-{start.stem}"),
+            default_root_dir=out,
+            callbacks=[*(self._get(self.config, "trainer.callbacks") or ()), *callbacks],
+            enable_checkpointing=False,
+            **kwargs,
+        )
+
+    def _start(self) -> Path | None:
+        """The checkpoint to go on from.
+
+        Raises:
+            ValueError: there is no such file, or the output folder holds a run that would be mixed with a new one.
+        """
+        out, resume = self._get(self.config, "out"), self._get(self.config, "resume")
+        found = newest(out)
+        if resume == "auto":
+            return found
+        if resume is not None:
+            if not Path(resume).is_file():
+                raise ValueError(
+                    f"--resume {resume}: no such file; name a checkpoint, or 'auto' for the newest of --out"
+                )
+            return Path(resume)
+        if found is not None and self.config.subcommand == "fit":
+            raise ValueError(f"{found} is of an earlier run; --resume auto goes on with it, another --out starts anew")
+        return None
+
+    def fit(self, model: Any, **kwargs: Any) -> None:
+        """Trains, from the checkpoint on if there is one; no code is ever read from it."""
+        start = self._start()
+        if start is not None:
+            print(f"going on from {start}")
+            kwargs["ckpt_path"] = str(start)
+        self.trainer.fit(model, **{**kwargs, "weights_only": True})
 
     def before_fit(self) -> None:
         trainable, frozen = parameter_counts(self.model.model)

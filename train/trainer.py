@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 
-def loggers(out: str | Path) -> list[Any]:
-    """`logs/metrics.csv` and TensorBoard events below `out`."""
-    return [CSVLogger(str(out), name="logs", version=""), TensorBoardLogger(str(out), name="logs", version="")]
+def loggers(out: str | Path, part: str = "") -> list[Any]:
+    """`logs/metrics.csv` and TensorBoard events below `out`; those of a resumed run in a folder of their own."""
+    return [CSVLogger(str(out), name="logs", version=part), TensorBoardLogger(str(out), name="logs", version=part)]
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:
