@@ -6,21 +6,23 @@ The layer under an adapter stays as it is, so taking the adapter out again resto
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # peft's name for the module that was wrapped
+_BASE = "visplice_base"  # in the weights' metadata: fingerprint of what the pack belongs to
 
 # What peft may have switched on that changes the arithmetic, and is not built here; each is off when it is falsy.
 _UNKNOWN_HERE = (
@@ -55,18 +57,18 @@ class LoraLinear(nn.Module):
     def __init__(self, base: nn.Module, config: LoraConfig) -> None:
         """Wraps a layer that has `in_features` and `out_features`; B starts at zero, so nothing changes at first."""
         super().__init__()
-        self.base = base.requires_grad_(False)
+        self.base, self.config = base.requires_grad_(False), config
         sizes: Any = base
-        place = next(base.parameters(), torch.empty(0)).device
+        place = next(itertools.chain(base.parameters(), base.buffers())).device
         self.lora_A = nn.Parameter(torch.empty(config.rank, sizes.in_features, device=place))
         self.lora_B = nn.Parameter(torch.zeros(sizes.out_features, config.rank, device=place))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.scale, self.dropout = config.alpha / config.rank, nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = self.lora_A.dtype
-        update = self.dropout(x).to(kind) @ self.lora_A.T @ self.lora_B.T
-        return self.base(x) + (self.scale * update).to(x.dtype)
+        # As the layer under it multiplies: in float32, the input of each layer of a decoder would take twice the room.
+        update = self.dropout(x) @ self.lora_A.T.to(x.dtype) @ self.lora_B.T.to(x.dtype)
+        return self.base(x) + self.scale * update
 
     def merged(self) -> Tensor:
         """The weight `[out, in]` of one plain layer that computes the same."""
@@ -101,6 +103,18 @@ def add_lora(module: nn.Module, config: LoraConfig) -> list[str]:
     return names
 
 
+def base_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a module as it would be without its adapters."""
+    found = {f"{name}.lora_{part}" for name, _ in adapters(module) for part in "AB"}
+    under = {f"{name}.base.": f"{name}." for name, _ in adapters(module)}
+    state = {}
+    for name, tensor in module.state_dict().items():
+        if name not in found:
+            inside = next((prefix for prefix in under if name.startswith(prefix)), None)
+            state[name if inside is None else under[inside] + name.removeprefix(inside)] = tensor
+    return state
+
+
 def remove_lora(module: nn.Module) -> None:
     """Takes the adapters out; what is left is, to the bit, what was there before them."""
     for name, layer in list(adapters(module)):
@@ -129,22 +143,33 @@ def _replace(module: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(module.get_submodule(parent), child, layer)
 
 
-def save_lora(module: nn.Module, config: LoraConfig, folder: str | Path, *, base: str = "") -> None:
+def save_lora(
+    module: nn.Module,
+    folder: str | Path,
+    *,
+    base: str = "",
+    base_fingerprint: str = "",
+    names: Mapping[str, str] | None = None,
+) -> None:
     """Writes the adapters of a module as a pack; each file is written beside its place and renamed.
 
     Args:
         base: what the pack belongs to, for people and for peft's `base_model_name_or_path`.
+        base_fingerprint: of the module without adapters, kept with the weights; `load_lora` compares it.
+        names: what layers are called in the pack, where that is not their name here.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    layers = {(names or {}).get(name, name): layer for name, layer in adapters(module)}
+    config = next(iter(layers.values())).config
     state = {
         f"{_PREFIX}{name}.{part}.weight": getattr(layer, part).detach().cpu().float().contiguous()
-        for name, layer in adapters(module)
+        for name, layer in layers.items()
         for part in ("lora_A", "lora_B")
     }
     partial = folder / (WEIGHTS + ".partial")
     try:
-        save_file(state, str(partial), metadata={"format": "pt"})
+        save_file(state, str(partial), metadata={"format": "pt", _BASE: base_fingerprint})
     except SafetensorError as error:  # a full disk, for one
         partial.unlink(missing_ok=True)
         raise OSError(f"{partial}: cannot be written ({error}); what was there before is unchanged") from error
@@ -156,7 +181,7 @@ def save_lora(module: nn.Module, config: LoraConfig, folder: str | Path, *, base
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": sorted(config.targets),
+        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
         "bias": "none",
         "inference_mode": True,
     }
@@ -201,22 +226,47 @@ def read_lora_config(folder: str | Path) -> LoraConfig:
         raise ValueError(f"{file}: lacks or garbles {error}") from error
 
 
-def load_lora(module: nn.Module, folder: str | Path) -> LoraConfig:
+def load_lora(
+    module: nn.Module,
+    folder: str | Path,
+    *,
+    base_fingerprint: str = "",
+    names: Mapping[str, str] | None = None,
+) -> LoraConfig:
     """Puts the adapters of a pack on a module; returns their config.
 
+    Args:
+        base_fingerprint: of the module; a pack that says what it belongs to has to say the same.
+        names: as for `save_lora`.
     Raises:
-        ValueError: a file is missing or broken, or the pack was made for other layers; the module is unchanged then.
+        ValueError: a file is missing or broken, or the pack was made for another module or other layers; the module is
+            unchanged then.
     """
     config, file = read_lora_config(folder), Path(folder) / WEIGHTS
     try:
-        state = load_file(str(file))
+        with safe_open(str(file), framework="pt") as stored:
+            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  no mapping
+            expected_base = (stored.metadata() or {}).get(_BASE, "")
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file; a LoRA pack holds it beside {CONFIG}") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from error
+    if expected_base and base_fingerprint and expected_base != base_fingerprint:
+        raise ValueError(
+            f"{file}: the pack belongs to weights of fingerprint {expected_base[:12]}, but these have "
+            f"{base_fingerprint[:12]}"
+        )
+    stored_as = names or {}
+    asked = {stored_as.get(name, name): name for name, layer in module.named_modules() if hasattr(layer, "in_features")}
+    ours = {name.rpartition(".")[2] for theirs, name in asked.items() if theirs.rpartition(".")[2] in config.targets}
+    if missing := set(config.targets) - {theirs.rpartition(".")[2] for theirs in asked}:
+        raise ValueError(
+            f"{file}: the pack adapts {', '.join(sorted(missing))}, and there is no such linear layer here"
+        )
+    config = replace(config, targets=tuple(sorted(ours)))
     add_lora(module, config)
     expected = {
-        f"{_PREFIX}{name}.{part}.weight": getattr(layer, part)
+        f"{_PREFIX}{stored_as.get(name, name)}.{part}.weight": getattr(layer, part)
         for name, layer in adapters(module)
         for part in ("lora_A", "lora_B")
     }

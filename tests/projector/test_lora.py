@@ -40,7 +40,7 @@ def adapted() -> Projector:
 
 @pytest.fixture
 def pack(tmp_path):
-    save_lora(adapted(), CONFIG, tmp_path / "pack", base="runs/mine")
+    save_lora(adapted(), tmp_path / "pack", base="runs/mine")
     return tmp_path / "pack"
 
 
@@ -95,7 +95,7 @@ def test_we_read_peft_s_pack(tmp_path) -> None:
         ({"bias": "all"}, "bias is on"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3', not LORA"),
         ({"target_modules": "all-linear"}, "'all-linear'; it is a list"),
-        ({"target_modules": ["q_proj"]}, "names q_proj, and there is no such"),
+        ({"target_modules": ["q_proj"]}, "the pack adapts q_proj, and there is no such linear layer here"),
         ({"r": 4}, r"linear_1.lora_A.weight is \[2, 6\], but the layers here ask for \[4, 6\]"),
     ],
 )
