@@ -102,7 +102,9 @@ class Align(Stage):
             projector = Projector(ProjectorConfig(d_vision=vision.dim, d_lm=llama.config.dim, hidden=hidden))
             self.model = VisionLlama(vision, projector, llama, tokenizer, template_for(tokenizer, template))
             prompts = self.model.prompts if caption_weight else None
-            self.preparer = AlignPreparer(transform=vision.transform, tokenizer=tokenizer, prompts=prompts)
+            self.preparer = AlignPreparer(
+                transform=vision.transform, tokenizer=tokenizer, prompts=prompts, max_length=llama.config.max_seq_len
+            )
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
         if loss == "sigmoid":
             self.logit_bias = nn.Parameter(torch.tensor(-10.0))  # as SigLIP starts: nearly all pairs are negatives
@@ -119,12 +121,20 @@ class Align(Stage):
             )
 
     @torch.no_grad()
-    def encoded(self, pixels: Tensor) -> Tensor:
-        """CLS features `[B, d_vision]`; of an encoder without CLS, the mean of the patches."""
-        encoder = self._whole.encoder
+    def encoded(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """CLS features `[B, d_vision]`; of an encoder without CLS, the mean of the patches.
+
+        Behind them, where captions are written, the visual tokens `[B, N, d_vision]` of the same pass.
+        """
+        encoder, count = self._whole.encoder, self._whole.visual.count
         kind = next(encoder.parameters()).dtype
-        parts = (normalised(part, encoder.transform).to(kind) for part in pixels.split(self.encode_batch))
-        return torch.cat([encoder.pooled(encoder(part)) for part in parts]).float()
+        pooled, tokens = [], []
+        for part in pixels.split(self.encode_batch):
+            features = encoder(normalised(part, encoder.transform).to(kind))
+            pooled.append(encoder.pooled(features).float())
+            if self.caption_weight:
+                tokens.append(features[:, -count:])
+        return torch.cat(pooled), torch.cat(tokens) if tokens else None
 
     @torch.no_grad()
     def captions(self, ids: Tensor, offsets: Tensor) -> Tensor:
@@ -137,15 +147,17 @@ class Align(Stage):
         assert isinstance(self.model, VisionLlama)
         return self.model
 
-    def pairs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Projected pictures and the embeddings of their captions, `[B, D]` each."""
+    def pairs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Projected pictures and the embeddings of their captions, `[B, D]` each, and tokens as `encoded` has them."""
+        tokens = None
         if self.features is not None:
             image, text = batch["cls"].float(), batch["text"].float()
         elif not batch["keys"]:
             image, text = (torch.zeros(0, size, device=self.device) for size in self._widths())
         else:
-            image, text = self.encoded(batch["pixels"]), self.captions(batch["captions"], batch["offsets"])
-        return self.model.projector(image), text - mean_of_all(text) if self.subtract_mean else text
+            image, tokens = self.encoded(batch["pixels"])
+            text = self.captions(batch["captions"], batch["offsets"])
+        return self.model.projector(image), text - mean_of_all(text) if self.subtract_mean else text, tokens
 
     def _widths(self) -> tuple[int, int]:
         config = self.model.projector.config
@@ -158,14 +170,16 @@ class Align(Stage):
             return sigmoid_loss(image, text, scale, self.logit_bias)
         return info_nce(image, text, scale)
 
-    def caption_loss(self, batch: dict[str, Any]) -> Tensor:
-        """Mean loss of the captions' tokens over all ranks, with gradients as `contrast` has them."""
-        whole = self._whole
-        features = whole.features(normalised(batch["pixels"].to(self.device), whole.encoder.transform))
-        hidden = whole.lm.hidden(whole.embed(batch["ids"], features[batch["blocks"]]))
-        loss, _, items = answer_loss(whole.lm, hidden, batch["labels"])
+    def caption_loss(self, batch: dict[str, Any], tokens: Tensor | None) -> Tensor:
+        """Mean loss of the captions' tokens over all ranks, the same on each, with gradients as `contrast` has them."""
+        loss, items = torch.zeros((), device=self.device), 0
+        if tokens is not None:
+            lm = self._whole.lm
+            hidden = lm.hidden(self._whole.embed(batch["ids"], tokens[batch["blocks"]]))
+            loss, _, items = answer_loss(lm, hidden, batch["labels"])
         counted = Pairs.counted(items, self.device)
-        return loss * len(counted.sizes) / max(1, counted.total)
+        own = loss * len(counted.sizes) / max(1, counted.total)
+        return own + (counted.mean(own.detach()) - own.detach())
 
     def work(self, batch: dict[str, Any]) -> Work:
         """Pictures, tokens of their captions, and the products of encoder, projector and similarities."""
@@ -179,23 +193,23 @@ class Align(Stage):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if self.caption_weight:  # the LLaMA reads the tokens from the first step on
-            self._fold_scale()
+        if self.caption_weight and not self.scaled:  # the LLaMA reads the tokens from the first step on
+            self.calibrate(*self._sample())
 
     def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
         self.count(1, batch)  # the losses are means over all ranks already
         log_learning_rate(self)
-        image, text = self.pairs(batch)
+        image, text, tokens = self.pairs(batch)
         loss = self.contrast(image, text)
         self.check_finite(loss)
         self.log("train/loss", loss.detach(), prog_bar=True)
         if self.caption_weight:
-            written = self.caption_loss(batch)
+            written = self.caption_loss(batch, tokens)
             self.check_finite(written)
             self.log("train/caption_loss", written.detach(), prog_bar=True)
             loss = loss + self.caption_weight * written
         self.log("train/temperature", self.logit_scale.detach().neg().exp())
-        if self.trainer._logger_connector.should_update_logs:
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._describe("train", image.detach(), text)
         return self.touch(loss)
 
@@ -214,23 +228,28 @@ class Align(Stage):
             self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
 
     def validation_step(self, batch: dict[str, Any], _: int) -> None:
-        image, text = self.pairs(batch)
+        image, text, tokens = self.pairs(batch)
         self.log("val/loss", self.contrast(image, text), batch_size=max(1, len(image)), prog_bar=True)
+        if self.caption_weight:
+            self.log("val/caption_loss", self.caption_loss(batch, tokens), batch_size=max(1, len(image)))
         self._describe("val", image, text)
 
     def on_train_end(self) -> None:
-        if not self.caption_weight:
-            self._fold_scale()
+        if not self.scaled:
+            self.calibrate(*self._sample())
 
-    def _fold_scale(self) -> None:
-        """Gives visual tokens the length of text embeddings, by a few pictures."""
+    def on_fit_end(self) -> None:
+        super().on_fit_end()
+        if not self.scaled:  # a run that went on from its last step has had no end of training
+            self.model.projector.calibrate(*self._sample())
+
+    def _sample(self) -> tuple[Tensor, float]:
+        """Features `[S, N, d_vision]` of a few pictures, and how long text embeddings are."""
         if self.features is not None:
-            visual, target = self.features.scale_sample().to(self.device).float(), self.features.made_with["rms"]
-        else:
-            pixels = self.trainer.datamodule.peek()["pixels"].to(self.device)  # type: ignore[attr-defined]
-            visual = self._whole.features(normalised(pixels[: self.encode_batch], self._whole.encoder.transform))
-            target = rms(self._whole.lm.tok_embeddings.weight)
-        self.model.projector.calibrate(visual.float(), target)
+            return self.features.scale_sample().to(self.device).float(), self.features.made_with["rms"]
+        pixels = self.trainer.datamodule.peek()["pixels"][: self.encode_batch].to(self.device)  # type: ignore[attr-defined]
+        visual = self._whole.features(normalised(pixels, self._whole.encoder.transform))
+        return visual.float(), rms(self._whole.lm.tok_embeddings.weight)
 
     def save(self, folder: str | Path) -> None:
         """Writes the extension folder; where the features came from is known from them."""

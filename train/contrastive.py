@@ -41,6 +41,11 @@ class Pairs:
         sizes = [int(count) for count in counts]
         return cls(sizes, sum(sizes[: dist.get_rank()]))
 
+    @staticmethod
+    def mean(value: Tensor) -> Tensor:
+        """The mean over ranks, on every rank."""
+        return _summed(value.clone()) / (dist.get_world_size() if _distributed() else 1)
+
     def gather(self, rows: Tensor) -> Tensor:
         """`[b, ...]` of every rank as `[N, ...]`; batches may differ in length and be empty."""
         if len(self.sizes) == 1:

@@ -5,19 +5,35 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from visplice.lm.extension import load_backbones, load_trained_projector, read_extension
+from visplice.lm.extension import Extension, load_backbones, load_trained_projector, read_extension
 from visplice.lm.masks import Packed
 from visplice.lm.templates import template_for
 from visplice.lm.vision_llama import VisionLlama
 from visplice.projector.mlp import Projector, ProjectorConfig, rms
+from visplice.train.data.cached_tokens import token_features
 from visplice.train.data.prepare import InstructPreparer, normalised
 from visplice.train.losses import answer_loss
 from visplice.train.optim import OptimConfig, log_learning_rate
-from visplice.train.stage import Stage, backbone_type
+from visplice.train.stage import Stage, backbone_type, partly_frozen
 from visplice.train.throughput import Work, weights_multiplied
+from visplice.train.tuning import TuneConfig
 from visplice.vision.encoder import EncoderConfig
+
+
+def _without_packs(extension: Extension) -> Extension:
+    """An extension whose projector can be trained on.
+
+    Raises:
+        ValueError: it has LoRA packs, which would be lost.
+    """
+    if packs := [part for part in extension.trained if part.endswith("_lora")]:
+        raise ValueError(
+            f"{extension.file}: has {' and '.join(packs)} on top; a projector pack is merged first "
+            "(visplice.lm.extension.merge_projector_lora), a decoder's is not trained on"
+        )
+    return extension
 
 
 class Instruct(Stage):
@@ -37,6 +53,8 @@ class Instruct(Stage):
         compile: bool = False,
         backbone_dtype: str = "float32",
         quantise: str | None = None,
+        tune: TuneConfig = TuneConfig(),
+        features: str | None = None,
         optim: OptimConfig = OptimConfig(),
     ) -> None:
         """Builds the model from its frozen parts.
@@ -54,23 +72,36 @@ class Instruct(Stage):
             compile: compile each layer of the decoder.
             backbone_dtype: of the frozen weights: float32, bfloat16 or float16.
             quantise: 'int8', 'int4' or 'nf4' for the decoder's layers.
+            tune: which parts learn.
+            features: folder that `visplice data encode --tokens` made of the same data; then no picture is decoded.
             optim: learning rate and schedule.
         """
         super().__init__(lm, optim)
         kind = backbone_type(backbone_dtype)
-        vision, llama, tokenizer = load_backbones(encoder, lm, dtype=kind, quantise=quantise)
+        tune.check(aligned=aligned, quantise=quantise)
+        self.tune = tune
+        self.features = token_features(features, encoder, tuned=tune.encoder) if features is not None else None
+        # What is trained in full is kept in float32: steps of a bfloat16 weight are lost in its rounding.
+        vision, llama, tokenizer = load_backbones(
+            encoder,
+            lm,
+            dtype=torch.float32 if tune.encoder else kind,
+            lm_dtype=torch.float32 if tune.lm else kind,
+            quantise=quantise,
+        )
         if not 0 < max_length <= llama.config.max_seq_len:
             raise ValueError(
                 f"model.max_length is {max_length}, but the decoder has {llama.config.max_seq_len} positions"
             )
         if pack is not None and pack < max_length:
             raise ValueError(f"model.pack is {pack}, but one sample may take model.max_length {max_length} positions")
-        self._calibrated = aligned is not None
+        self.scaled = aligned is not None
         if aligned is not None:
-            projector = load_trained_projector(read_extension(aligned), vision, llama)
+            projector = load_trained_projector(_without_packs(read_extension(aligned)), vision, llama)
         else:
             projector = Projector(ProjectorConfig(d_vision=vision.dim, d_lm=llama.config.dim, hidden=hidden))
         self.model = VisionLlama(vision, projector, llama, tokenizer, template_for(tokenizer, template))
+        tune.apply(self.model)
         llama.checkpointing = checkpointing
         if compile:
             for layer in llama.layers:
@@ -86,32 +117,53 @@ class Instruct(Stage):
             part: weights_multiplied(module) for part, module in (("vision", vision), ("lm", llama.layers))
         }
 
-    def features(self, batch: dict[str, Any]) -> Tensor:
+    def frozen(self) -> dict[str, nn.Module]:
+        return partly_frozen({**super().frozen(), "projector": self.model.projector})
+
+    def rates(self) -> dict[str, float]:
+        return self.tune.rates()
+
+    def setup(self, stage: str) -> None:
+        """Has the data read visual tokens in place of pictures, where they are given."""
+        if self.features is not None:
+            self.trainer.datamodule.use_tokens(self.features)  # type: ignore[attr-defined]
+
+    def seen(self, batch: dict[str, Any]) -> Tensor:
         """Features `[I, N, d_vision]` of the picture in every image block of a batch; each picture is encoded once."""
-        pixels = normalised(batch["pixels"].to(self.device), self.model.encoder.transform)
-        return self.model.features(pixels)[batch["blocks"]]
+        if "tokens" in batch:
+            features = batch["tokens"].to(self.device)
+        elif len(batch["pixels"]):
+            features = self.model.features(normalised(batch["pixels"].to(self.device), self.model.encoder.transform))
+        else:
+            features = torch.zeros(0, self.model.visual.count, self.model.encoder.dim, device=self.device)
+        return features[batch["blocks"].to(self.device)]
 
     def answers(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
         """Summed loss of the supervised tokens, how many are right, and how many there are."""
-        embeddings = self.model.embed(batch["ids"], self.features(batch))
+        embeddings = self.model.embed(batch["ids"], self.seen(batch))
         # Padding stands on the right, where no real position looks: without a mask, causal attention is right.
         packed = Packed(*batch["packed"]) if "packed" in batch else None
         return answer_loss(self.model.lm, self.model.lm.hidden(embeddings, mask=packed), batch["labels"])
 
     def work(self, batch: dict[str, Any]) -> Work:
-        """Pictures, tokens, and the products that they need: forward, and once more for the gradient of the input."""
-        images, tokens = len(batch["pixels"]), batch["ids"].numel()
-        seen = images * (self.model.encoder.num_patches + 1)
-        head = self.preparer.num_supervised(batch) * self.model.lm.output.in_features * self.model.lm.config.vocab_size
-        return Work(images, tokens, 2 * seen * self._weights["vision"] + 4 * tokens * self._weights["lm"] + 4 * head)
+        """Pictures, tokens, and the products that they need.
+
+        Of a frozen layer these are one forward and one for the gradient of its input, of a trained one another for that
+        of its weight. Attention itself, adapters and padding are not counted.
+        """
+        config, tokens = self.model.lm.config, batch["positions"]
+        images = len(batch.get("tokens", batch["pixels"]))
+        encoded = 0 if "tokens" in batch else images * (self.model.encoder.num_patches + 1)
+        head = self.preparer.num_supervised(batch) * config.dim * config.vocab_size
+        layers = (6 if self.tune.lm else 4) * (tokens * self._weights["lm"] + head)
+        return Work(images, tokens, (6 if self.tune.encoder else 2) * encoded * self._weights["vision"] + layers)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if self._calibrated:
-            return
-        features = self.features(self.trainer.datamodule.peek())  # type: ignore[attr-defined]
-        if len(features):
-            self.model.projector.calibrate(features.float(), rms(self.model.lm.tok_embeddings.weight))
+        if not self.scaled:
+            with torch.no_grad():
+                features = self.seen(self.trainer.datamodule.peek())  # type: ignore[attr-defined]
+            self.calibrate(features.float(), rms(self.model.lm.tok_embeddings.weight))
 
     def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
         supervised, size = self.preparer.num_supervised(batch), len(batch["keys"])

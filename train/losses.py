@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from visplice.lm.decoder import Llama
 from visplice.lm.prompt import IGNORE
@@ -16,7 +17,8 @@ def answer_loss(lm: Llama, hidden: Tensor, labels: Tensor, *, max_logits: int = 
     """Next-token cross-entropy, computed only where there are labels, some rows at a time.
 
     A frozen head needs no gradient of its own, so that of the stream is taken together with the loss and the logits of
-    one chunk are gone before the next: kept for a batch, they are most of the memory of a small LLaMA's step.
+    one chunk are gone before the next: kept for a batch, they are most of the memory of a small LLaMA's step. Those of
+    a head that is trained are made once more for its gradient.
 
     Args:
         lm: the decoder; its final norm and head see the supervised rows alone.
@@ -29,11 +31,22 @@ def answer_loss(lm: Llama, hidden: Tensor, labels: Tensor, *, max_logits: int = 
     targets = labels[:, 1:]
     rows = targets != IGNORE
     wanted, stream = targets[rows], lm.norm(hidden[:, :-1][rows])  # [N], [N, D]
-    if any(p.requires_grad for p in lm.output.parameters()):
-        logits = lm.output(stream).float()
-        return F.cross_entropy(logits, wanted, reduction="sum"), (logits.argmax(-1) == wanted).sum(), len(wanted)
-    loss, right = _FrozenHead.apply(stream, wanted, lm.output, max(1, max_logits // lm.config.vocab_size))
+    chunk = max(1, max_logits // lm.config.vocab_size)
+    if not any(p.requires_grad for p in lm.output.parameters()):
+        loss, right = _FrozenHead.apply(stream, wanted, lm.output, chunk)
+        return loss, right, len(wanted)
+    loss, right = torch.zeros((), device=stream.device), torch.zeros((), dtype=torch.int64, device=stream.device)
+    for start in range(0, len(stream), chunk):
+        part = slice(start, start + chunk)
+        summed, found = checkpoint(_of_rows, stream[part], wanted[part], lm.output, use_reentrant=False)
+        loss, right = loss + summed, right + found
     return loss, right, len(wanted)
+
+
+def _of_rows(stream: Tensor, wanted: Tensor, head: Any) -> tuple[Tensor, Tensor]:
+    """Summed loss of a few rows, and how many greedy decoding gets right."""
+    logits = head(stream).float()  # [n, V]
+    return F.cross_entropy(logits, wanted, reduction="sum"), (logits.detach().argmax(-1) == wanted).sum()
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -46,12 +59,11 @@ class _FrozenHead(torch.autograd.Function):
             part = slice(start, start + chunk)
             with torch.set_grad_enabled(gradient is not None):
                 rows = stream[part].detach().requires_grad_(gradient is not None)
-                logits = head(rows).float()  # [n, V]
-                summed = F.cross_entropy(logits, wanted[part], reduction="sum")
+                summed, found = _of_rows(rows, wanted[part], head)
             if gradient is not None:
                 (gradient[part],) = torch.autograd.grad(summed, rows)
             loss += summed.detach()
-            right += (logits.detach().argmax(-1) == wanted[part]).sum()
+            right += found
         if gradient is not None:
             ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(right)

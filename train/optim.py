@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,22 +38,33 @@ class OptimConfig:
         return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def configure(module: L.LightningModule, config: OptimConfig) -> dict[str, Any]:
-    """Optimizer over the trainable parameters alone; only matrices of the projector are decayed."""
-    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    matrices = [p for name, p in trainable.items() if name.endswith(".weight")]  # the sentinels are vectors, stacked
-    others = [p for name, p in trainable.items() if not name.endswith(".weight")]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
+def configure(
+    module: L.LightningModule, config: OptimConfig, rates: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """Optimizer over the trainable parameters alone; only the matrices of layers are decayed.
+
+    `rates` holds peak rates other than the config's, by the beginning of the names of the parameters that have them.
+    """
+    groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {(config.lr, True): [], (config.lr, False): []}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            rate = next((r for prefix, r in (rates or {}).items() if name.startswith(prefix)), config.lr)
+            # The sentinels are vectors, stacked; norms have weights, too.
+            decays = parameter.ndim > 1 and name.endswith((".weight", ".lora_A", ".lora_B"))
+            groups.setdefault((rate, decays), []).append(parameter)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": members, "lr": rate, "weight_decay": config.weight_decay if decays else 0.0}
+            for (rate, decays), members in groups.items()
+        ],
+        betas=(0.9, 0.98),
+    )
     steps = int(module.trainer.estimated_stepping_batches)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.share(step, steps))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def log_learning_rate(module: L.LightningModule) -> None:
-    """Logs the rate of the step that is being taken."""
+    """Logs the rate at which the projector takes this step."""
     optimizer: Any = module.optimizers()
     module.log("train/lr", optimizer.param_groups[0]["lr"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,16 @@ def weights_multiplied(module: nn.Module) -> int:
     return sum(layer.in_features * layer.out_features for layer in layers)
 
 
+def product_type(module: nn.Module, precision: str) -> torch.dtype:
+    """In which dtype a module multiplies: that of the trainer's autocast, or else of most of its weights."""
+    if precision.startswith(("bf16", "16")):
+        return torch.bfloat16 if precision.startswith("bf16") else torch.float16
+    weights: Counter[torch.dtype] = Counter()
+    for parameter in module.parameters():
+        weights[parameter.dtype] += parameter.numel()
+    return weights.most_common(1)[0][0]
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes that the device held at most; on a CPU, the process."""
     if device.type == "cuda":
@@ -72,8 +83,7 @@ class Throughput(L.Callback):
         self._since, self._images, self._tokens, self._flops = time.perf_counter(), 0, 0, 0.0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        half = str(trainer.precision).startswith("bf16")
-        self._peak = measured_peak(module.device, torch.bfloat16 if half else torch.float32)
+        self._peak = measured_peak(module.device, product_type(module, str(trainer.precision)))
         self._restart()
 
     def on_train_batch_end(

@@ -75,6 +75,8 @@ def test_checksum_changes_with_one_bit(dtype):
     module = nn.Linear(7, 5).to(dtype)
     before = checksum(module)
     assert checksum(module) == before
+    assert checksum(module, frozen=True) != before  # nothing of it is
+    assert checksum(module.requires_grad_(False), frozen=True) == before
     bits = module.weight.data.view(torch.int32 if dtype == torch.float32 else torch.int16)
     bits[4, 6] ^= 1
     assert checksum(module) != before

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Sequence
@@ -102,6 +103,12 @@ class FeatureSet:
             name = self.manifest["files"][shard]["tokens"]["name"]
             sample["tokens"] = self._open(name)["tokens"][picture:pictures]
         return sample
+
+    def keys(self, shard: int) -> list[str]:
+        """The keys of the samples of one file, in their order."""
+        file = self._open(self.names[shard])
+        letters, ends = file["keys"].numpy().tobytes(), file["offsets"][:, 2].tolist()
+        return [letters[first:last].decode() for first, last in itertools.pairwise(ends)]
 
     def scale_sample(self) -> Tensor:
         """Visual tokens `[S, N, d_vision]` of a few pictures, drawn from all files, bfloat16."""

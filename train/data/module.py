@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 
+from visplice.train.data.cached_tokens import TokenSet, with_tokens
 from visplice.train.data.features import FeatureSet, is_feature_folder
 from visplice.train.data.loader import EvaluationLoader, ShardLoader
 from visplice.train.data.samples import Source
@@ -78,6 +79,15 @@ class ShardData(L.LightningDataModule):
             raise ValueError(f"{path}: the data set holds no samples")
         return source
 
+    def use_tokens(self, features: FeatureSet) -> None:
+        """Has training samples, and those of validation of which there are any, come with visual tokens for pictures.
+
+        Raises:
+            ValueError: the features are of other data.
+        """
+        self._train = [with_tokens(source, features, required=True) for source in self._train]
+        self._val = [with_tokens(source, features, required=False) for source in self._val]
+
     def sources(self) -> list[Source]:
         """Every set, of training and validation."""
         return [*self._train, *self._val]
@@ -87,7 +97,7 @@ class ShardData(L.LightningDataModule):
         trainer: Any = self.trainer
         if self._loader is None or self._loader_of is not trainer:
             for source in self._train:
-                if isinstance(source, ShardSet):
+                if isinstance(source, ShardSet | TokenSet):
                     source.check_cache(2 * self.shuffle_shards * trainer.num_devices)
             self._loader = ShardLoader(
                 self._train,

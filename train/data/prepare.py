@@ -11,6 +11,7 @@ from torch import Tensor
 
 from visplice.lm.prompt import IGNORE, Prompt, PromptBuilder
 from visplice.lm.tokenizer import Tokenizer
+from visplice.train.data.cached_tokens import Encoded
 from visplice.train.data.packing import Piece, lay_out, share, single
 from visplice.train.data.record import MARK, Fault, Sample, check_marks
 from visplice.vision.fast_transform import FastTransform
@@ -30,6 +31,7 @@ class AlignPreparer:
     transform: Transform
     tokenizer: Tokenizer
     prompts: PromptBuilder | None = None  # writes the caption behind its picture, where that is to be learned too
+    max_length: int | None = None  # positions of such a prompt, visual tokens included
     fast: bool = False  # decode in less time, to uint8 that `normalised` takes; for training
 
     def __call__(self, sample: Sample, rng: random.Random) -> Row:
@@ -43,7 +45,9 @@ class AlignPreparer:
         row: Row = {"key": sample.key, "pixels": pixels, "caption": torch.tensor(ids)}
         if self.prompts is not None:
             said = [{"role": "user", "content": MARK}, {"role": "assistant", "content": caption}]
-            row["piece"] = single(self.prompts.build(said))
+            row["piece"] = piece = single(self.prompts.build(said))
+            if self.max_length is not None and len(piece) > self.max_length:
+                raise Fault("too-long", f"{sample.key} needs {len(piece)} positions, of {self.max_length}")
         return row
 
     def collate(self, rows: list[Row]) -> dict[str, Any]:
@@ -86,12 +90,14 @@ class InstructPreparer:
             pieces = [single(prompt)]
         # Pictures stand in the order of their marks, so a turn that was dropped takes the last ones with it.
         num_images = max(len(piece.images) for piece in pieces)
-        return {
-            "key": sample.key,
-            "pixels": [_decode(self.transform, d, sample.key, fast=self.fast) for _, d in sample.images[:num_images]],
-            "pieces": pieces,
-            "dropped": dropped,
-        }
+        row: Row = {"key": sample.key, "pieces": pieces, "dropped": dropped, "pixels": []}
+        if isinstance(sample, Encoded):
+            row["tokens"] = sample.tokens[:num_images]
+        else:
+            row["pixels"] = [
+                _decode(self.transform, data, sample.key, fast=self.fast) for _, data in sample.images[:num_images]
+            ]
+        return row
 
     def _conversation(self, messages: list[dict[str, Any]], sample: Sample) -> tuple[Prompt, int]:
         """The prompt, and how many turns did not fit: whole ones, from the back; nothing is cut inside one."""
@@ -137,14 +143,16 @@ class InstructPreparer:
     def collate(self, rows: list[Row]) -> dict[str, Any]:
         """Rows of ids and labels `[R, S]`, and all pictures of the samples in order `[M, 3, H, W]`; R may be 0.
 
-        `blocks` `[I]` says which picture stands in each image block, row by row; `packed` `[3, R, S]` (owners, branches
-        and positions of `visplice.lm.masks.Packed`) is there where samples share a row or questions a picture.
+        Where features were read in their place, `tokens` `[M, N, d_vision]` stands beside no pictures. `blocks` `[I]`
+        says which picture stands in each image block, row by row; `packed` `[3, R, S]` (owners, branches and positions
+        of `visplice.lm.masks.Packed`) is there where samples share a row or questions a picture. `positions` counts
+        those that are no padding.
         """
         pieces, first, pictures = [], [], 0
         for row in rows:
             pieces += row["pieces"]
             first += [pictures] * len(row["pieces"])
-            pictures += len(row["pixels"])
+            pictures += len(row["tokens"] if "tokens" in row else row["pixels"])
         laid = lay_out(pieces, first, length=self.pack)
         batch = {
             "keys": [row["key"] for row in rows],
@@ -154,6 +162,9 @@ class InstructPreparer:
             "pixels": _stack([p for row in rows for p in row["pixels"]], self.transform.image_size, fast=self.fast),
             "dropped_turns": sum(row["dropped"] for row in rows),
         }
+        batch["positions"] = sum(map(len, pieces))
+        if any("tokens" in row for row in rows):
+            batch["tokens"] = torch.cat([row["tokens"] for row in rows])
         if laid.packed is not None:
             batch["packed"] = torch.stack([laid.packed.owners, laid.packed.branches, laid.packed.positions])
         return batch

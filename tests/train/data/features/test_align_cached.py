@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,9 +40,9 @@ class Watched(Align):
 class Rounded(Watched):
     """From pictures, but what is frozen is rounded as it is in the files."""
 
-    def pictures(self, pixels):
-        encoder = self.model.encoder
-        return self.model.projector(encoder.pooled(encoder(pixels)).bfloat16().float())
+    def encoded(self, pixels):
+        pooled, tokens = super().encoded(pixels)
+        return pooled.bfloat16().float(), tokens
 
     def captions(self, ids, offsets):
         return super().captions(ids, offsets).bfloat16().float()
@@ -138,6 +139,8 @@ def test_checkpoint_state_is_that_of_the_uncached_path(cached, uncached):
 def test_batch_without_negatives_gives_zero_gradients_to_every_weight(small_vit, encoded, size, monkeypatch):
     module = build(Align, small_vit, features=str(encoded))
     monkeypatch.setattr("visplice.train.align.log_learning_rate", lambda module: None)
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    module.trainer = SimpleNamespace(global_step=0, log_every_n_steps=1)
     features = FeatureSet(encoded)
     rows = [{"key": "one", "cls": features.read(0, 0)["cls"][0], "text": features.read(0, 0)["captions"][0]}][:size]
     loss = module.training_step(module.preparer.collate(rows), 0)
