@@ -148,6 +148,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nvisplice: interrupted", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        from visplice.train.stopped import TrainingStopped
+
+        if not isinstance(error, TrainingStopped):
+            raise
+        if str(error):
+            print(f"visplice: {' '.join(str(error).split())}", file=sys.stderr)
+        # The process that started the others says how it went; Lightning would kill it for a child that failed.
+        return 1 if os.environ.get("LOCAL_RANK", "0") == "0" else 0
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"visplice: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
