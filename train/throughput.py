@@ -77,6 +77,7 @@ class Throughput(L.Callback):
 
     def __init__(self) -> None:
         self._peak: float | None = None
+        self._logged = 0
         self._restart()
 
     def _restart(self) -> None:
@@ -93,8 +94,10 @@ class Throughput(L.Callback):
         self._images += work.images
         self._tokens += work.tokens
         self._flops += work.flops
-        if trainer.global_step % trainer.log_every_n_steps or self._peak is None:  # type: ignore[attr-defined]
+        step = trainer.global_step
+        if step == self._logged or step % trainer.log_every_n_steps or self._peak is None:  # type: ignore[attr-defined]
             return
+        self._logged = step  # batches that are accumulated end at one step
         _wait(module.device)
         seconds = time.perf_counter() - self._since
         values = {
