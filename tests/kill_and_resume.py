@@ -204,7 +204,7 @@ def main() -> int:
             final, output = folder / f"{setting} undisturbed", folder / "output.txt"
             begin = time.time()
             seconds = run(setting.words(folder / "data", final), output)
-            startup = (final / ".lock").stat().st_mtime - begin
+            startup = (final / "logs" / "hparams.yaml").stat().st_mtime - begin  # written with the first row
             per_step = max(0.01, (seconds - startup) / STEPS[setting.stage])
             tell(f"{setting}: undisturbed {seconds:.1f} s, {startup:.1f} s of them before training")
             left, good, chain = options.kills, 0, 0

@@ -79,7 +79,7 @@ class Stage(L.LightningModule):
         self._items = 0
         self._keys: list[str] = []  # samples since the last step
         self._batch: Any = None
-        self._trouble: tuple[str, Any] | None = None  # what went wrong on this rank, and its batch
+        self._trouble: tuple[str, list[str], Any] | None = None  # what went wrong on this rank, samples and batch
         self._checksums: dict[str, str] = {}
         self._expected: dict[str, str] | None = None  # the checksums in the checkpoint
 
@@ -124,10 +124,8 @@ class Stage(L.LightningModule):
         return loss + 0.0 * torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum()
 
     def on_after_backward(self) -> None:
-        if (
-            self.trainer.accumulate_grad_batches > 1 and not self._loss_scaled
-        ):  # later, it is not known which batch it was
-            self._check_gradient([p.grad for p in self.parameters() if p.grad is not None])
+        if self.trainer.accumulate_grad_batches > 1:  # before the step, it would not be known which batch it was
+            self.check_gradient([p.grad for p in self.parameters() if p.grad is not None])
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradient by the items of the step, and stops if it is no number, or if a rank wants to stop."""
@@ -142,17 +140,10 @@ class Stage(L.LightningModule):
         factor = self.trainer.accumulate_grad_batches * world / max(1, items)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(gradients, factor)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not torch.isfinite(norm) and not self._loss_scaled:  # on all ranks or on none
-            self._trouble = (f"the gradient has norm {norm.item()}", self._batch)
+        self.log("train/gradient_norm", self.check_gradient(gradients))
+        if self._trouble is not None:  # of all ranks: they have the same gradient
             self._end()
-        self.log("train/gradient_norm", norm)
         self._items, self._keys = 0, []
-
-    @property
-    def _loss_scaled(self) -> bool:
-        """Whether a gradient may be infinite: the scaler of float16 looks for these, and tries again lower."""
-        return self.trainer.precision == "16-mixed"
 
     # --- stopping ---
 
@@ -161,10 +152,13 @@ class Stage(L.LightningModule):
         if not torch.isfinite(loss):
             self.stop(f"the loss is {loss.item()}")
 
-    def _check_gradient(self, gradients: list[Tensor]) -> None:
+    def check_gradient(self, gradients: list[Tensor]) -> Tensor:
+        """Stops at a gradient that is no number; returns its norm."""
         norm = torch.nn.utils.get_total_norm(gradients)
-        if not torch.isfinite(norm):
+        # The scaler of float16 looks for infinite gradients, and tries again lower.
+        if not torch.isfinite(norm) and self.trainer.precision != "16-mixed":
             self.stop(f"the gradient has norm {norm.item()}")
+        return norm
 
     def stop(self, what: str) -> None:
         """Ends training: at once, or of several ranks before the step, since one that is gone makes the others wait.
@@ -172,16 +166,17 @@ class Stage(L.LightningModule):
         Raises:
             TrainingStopped: it names the samples since the last step.
         """
-        self._trouble = self._trouble or (what, self._batch)
+        self._trouble = self._trouble or (what, list(self._keys), self._batch)
         if not several_ranks():
             self._end()
 
     def _end(self) -> None:
         """Saves the batches that made trouble for replay, and ends this rank as all others do."""
-        said: list[str | None] = [self._said()]
+        own = self._said()
+        said = [own]
         if several_ranks():
             said = [None] * dist.get_world_size()
-            dist.all_gather_object(said, self._said())
+            dist.all_gather_object(said, own)
             said = [f"rank {rank}: {text}" if text else None for rank, text in enumerate(said)]
         text = "; ".join(part for part in said if part)
         raise TrainingStopped(f"step {self.trainer.global_step + 1}: {text}" if self.trainer.is_global_zero else "")
@@ -190,7 +185,7 @@ class Stage(L.LightningModule):
         """What went wrong on this rank, whose batch and trained weights are written to a file."""
         if self._trouble is None:
             return None
-        what, batch = self._trouble
+        what, keys, batch = self._trouble
         name = REPLAY if not several_ranks() else REPLAY.replace(".", f"-rank{self.trainer.global_rank}.")
         file = Path(self.trainer.default_root_dir) / name
         partial = file.with_name(f"{name}.partial")
@@ -204,7 +199,7 @@ class Stage(L.LightningModule):
         except (OSError, RuntimeError) as error:  # torch says a full disk so
             partial.unlink(missing_ok=True)
             saved = f"; the batch could not be saved ({str(error).splitlines()[0]})"
-        shown = ", ".join(self._keys[-8:]) + (f" and {len(self._keys) - 8} before" if len(self._keys) > 8 else "")
+        shown = ", ".join(keys[-8:]) + (f" and {len(keys) - 8} before" if len(keys) > 8 else "")
         return f"{what} in the batch of samples {shown}{saved}"
 
     # --- what is frozen ---
