@@ -91,6 +91,8 @@ class StageCLI(LightningCLI):
         for name in ("logger", "default_root_dir"):
             if (given := self._get(self.config, f"trainer.{name}")) is not None:
                 raise ValueError(f"trainer.{name} is {given!r}; logs and checkpoints go to --out {out}")
+        if self._get(self.config, "data.val_path") is None:
+            kwargs["num_sanity_val_steps"] = 0
         return super().instantiate_trainer(
             logger=loggers(out, self._start.step if self._start else 0, wandb=self._get(self.config, "wandb"))
             if self._fits

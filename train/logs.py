@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import os
+import secrets
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
+
+from visplice.train.data.remote import shown
 
 FOLDER = "logs"  # below --out
 
@@ -87,13 +92,23 @@ class _Rows(ExperimentWriter):
 
 def _wandb(out: Path, project: str, first: int) -> Any:
     try:
-        import wandb
+        wandb = importlib.import_module("wandb")
         from lightning.pytorch.loggers import WandbLogger
-    except ImportError:
-        raise ValueError("--wandb needs the package wandb: pip install wandb (or leave the flag out)") from None
-    note = out / "wandb" / "run-id"
-    run = note.read_text().strip() if first and note.is_file() else wandb.util.generate_id()
+    except ImportError as error:
+        raise ValueError(f"--wandb needs the package wandb: pip install wandb; here, {error}") from error
+    note = out / "wandb" / "run-id"  # a resumed run is the same run there, too
+    run = note.read_text().strip() if first and note.is_file() else secrets.token_hex(4)
+    logger = WandbLogger(project=project, save_dir=str(out), id=run)
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(run + "\n")
-    return WandbLogger(project=project, save_dir=str(out), id=run)
+        words = sys.argv
+        try:
+            sys.argv = [shown(word) for word in words]  # it keeps the command line
+            _ = logger.experiment
+        except wandb.Error as error:
+            said = str(error).splitlines()[0]
+            raise ValueError(f"--wandb: {said}; WANDB_MODE=offline keeps the curves on this machine") from error
+        finally:
+            sys.argv = words
+    return logger

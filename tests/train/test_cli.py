@@ -14,6 +14,7 @@ from visplice.app.cli import main
 from visplice.lm.extension import embedded_folder, load_extension
 from visplice.train.checkpoint import checkpoints, read
 from visplice.train.cli import StageCLI
+from visplice.train.logs import loggers
 
 STEPS = 7
 RUNS = {
@@ -228,6 +229,44 @@ def test_wandb_that_is_not_installed_is_one_line(go, tmp_path, monkeypatch, capf
     monkeypatch.setitem(sys.modules, "wandb", None)
     said = refused(capfd, go("align", tmp_path, "--wandb", "project", *RUNS["align"]))
     assert "--wandb needs the package wandb: pip install wandb" in said
+
+
+class Wandb:
+    """What of the package is used; it notes the command line that it would send."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self) -> None:
+        self.seen = []
+
+    def logger(self, **options):
+        wandb = self
+
+        class Logger:
+            @property
+            def experiment(self):
+                wandb.seen.append((options, list(sys.argv)))
+                if options["project"] == "none":
+                    raise wandb.Error("No API key\nand more")
+
+        return Logger()
+
+
+def test_wandb_gets_no_secret_and_the_same_run_again(tmp_path, monkeypatch):
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr("lightning.pytorch.loggers.WandbLogger", wandb.logger)
+    monkeypatch.setattr(sys, "argv", ["visplice", "--data.path", "https://me:pass-word@host/x?token=hid-den"])
+    for first in (0, 3):
+        loggers(tmp_path, first, wandb="some")
+    (one, words), (other, _) = wandb.seen
+    assert words == ["visplice", "--data.path", "https://host/x"] and "pass-word" in sys.argv[2]
+    assert one["id"] == other["id"] and one["project"] == "some"
+    loggers(tmp_path, 0, wandb="some")  # a new run in the same folder
+    assert wandb.seen[-1][0]["id"] != one["id"]
+    with pytest.raises(ValueError, match=r"--wandb: No API key; WANDB_MODE=offline keeps the curves on this machine"):
+        loggers(tmp_path, 0, wandb="none")
 
 
 def test_accumulation_is_refused_where_it_adds_no_negatives(go, tmp_path, capfd):
