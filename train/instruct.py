@@ -79,6 +79,8 @@ class Instruct(Stage):
         super().__init__(lm, optim)
         kind = backbone_type(backbone_dtype)
         tune.check(aligned=aligned, quantise=quantise)
+        if pack is not None and pack < max_length:
+            raise ValueError(f"model.pack is {pack}, but one sample may take model.max_length {max_length} positions")
         self.tune = tune
         self.features = token_features(features, encoder, tuned=tune.encoder) if features is not None else None
         # What is trained in full is kept in float32: steps of a bfloat16 weight are lost in its rounding.
@@ -93,8 +95,6 @@ class Instruct(Stage):
             raise ValueError(
                 f"model.max_length is {max_length}, but the decoder has {llama.config.max_seq_len} positions"
             )
-        if pack is not None and pack < max_length:
-            raise ValueError(f"model.pack is {pack}, but one sample may take model.max_length {max_length} positions")
         self.scaled = aligned is not None
         if aligned is not None:
             projector = load_trained_projector(_without_packs(read_extension(aligned)), vision, llama)

@@ -108,7 +108,7 @@ def test_encoder_exists_and_the_memory_stated_is_that_of_the_shapes(name):
     assert float(found[1]) == pytest.approx(((in_bits if model["quantise"] else whole) + vision) / 1e9, abs=0.1)
     if other := re.search(r"In 4 bits, as below, the weights are ([\d.]+) GB", text):
         assert float(other[1]) == pytest.approx((in_bits + vision) / 1e9, abs=0.1)
-    # bfloat16: the stream at every layer; or the inputs of both norms, queries, keys, values, their sum, and two of ffn.
+    # bfloat16: the stream at every layer; or inputs of both norms, queries, keys, values, their sum, and two of ffn.
     heads, pairs = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     kept = shape.dim if model["checkpointing"] else 2 * (shape.dim + heads + pairs + shape.ffn_dim)
     assert float(found[2]) == pytest.approx(2 * shape.num_layers * kept / 1e6, rel=0.02)
