@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from visplice.lm.config import LlamaConfig
 from visplice.lm.experts import FeedForward, SparseFeedForward
+from visplice.lm.frozen import RMSNorm
 from visplice.lm.masks import Packed
 from visplice.lm.rope import rotary, rotate
 
@@ -152,9 +153,9 @@ class Block(nn.Module):
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config, layer)
-        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.feed_forward: nn.Module = (
             SparseFeedForward(config) if layer in config.moe_layers else FeedForward(config.dim, config.ffn_dim)
         )
@@ -175,7 +176,7 @@ class Llama(nn.Module):
             nn.init.normal_(table, std=0.02)
         self.tok_embeddings = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
