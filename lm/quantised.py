@@ -11,9 +11,11 @@ the small form alone. Gradients reach the input and nothing else.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 KINDS = ("int8", "int4", "nf4")
@@ -58,16 +60,21 @@ class QuantisedLinear(nn.Module):
         """W `[out, in]` as it is multiplied."""
         if self.kind == "int8":
             return self.codes.to(dtype) * self.scale.to(dtype)
-        values = torch.stack((self.codes & 15, self.codes >> 4), dim=-1).view(-1, _BLOCK[self.kind])
-        if self.kind == "nf4":
-            levels = torch.tensor(_NF4, dtype=dtype, device=values.device)
-            blocks = levels[values.int()] * self.scale.to(dtype)
-        else:
-            blocks = torch.addcmul(self.low.to(dtype), values.to(dtype), self.scale.to(dtype))
+        pairs = F.embedding(self.codes.int(), _pairs(self.kind, dtype, self.codes.device))
+        blocks, scale = pairs.view(-1, _BLOCK[self.kind]), self.scale.to(dtype)
+        blocks = blocks.mul_(scale) if self.kind == "nf4" else torch.addcmul(self.low.to(dtype), blocks, scale)
         return blocks.view(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return _Product.apply(x, self)
+
+
+@cache
+def _pairs(kind: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The two values `[256, 2]` that a byte of codes stands for: looked up together, they cost one index."""
+    levels = torch.tensor(_NF4 if kind == "nf4" else range(16), dtype=dtype, device=device)
+    codes = torch.arange(256, device=device)
+    return torch.stack((levels[codes & 15], levels[codes >> 4]), dim=-1)
 
 
 class _Product(torch.autograd.Function):
