@@ -25,9 +25,11 @@ _PATIENCE = 5.0  # seconds in which the other processes end by themselves
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:
-    """Trainable parameters (projector and sentinels), and frozen ones as far as they are in memory."""
-    trainable = sum(p.numel() for p in model.projector.parameters())
-    return trainable, sum(p.numel() for p in model.parameters()) - trainable
+    """Parameters that learn, and frozen ones as far as they are in memory; quantised weights are none."""
+    counts = {True: 0, False: 0}
+    for parameter in model.parameters():
+        counts[parameter.requires_grad] += parameter.numel()
+    return counts[True], counts[False]
 
 
 def fit(

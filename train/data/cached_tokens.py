@@ -107,6 +107,11 @@ def with_tokens(source: Source, features: FeatureSet, *, required: bool) -> Sour
     if not required:
         return source
     found = source.describe()
+    if isinstance(source, FeatureSet):
+        raise ValueError(
+            f"{source.path} holds features, and conversations stand in the shards; data.path is {made_of['path']}, and "
+            f"model.features {features.path}"
+        )
     raise ValueError(
         f"model.features {features.path} was made of {made_of['path']} ({made_of['samples']:,} samples, digest "
         f"{made_of['digest'][:8]}), but the data is {found['path']} ({found['samples']:,} samples, digest "

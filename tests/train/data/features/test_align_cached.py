@@ -183,7 +183,7 @@ def nothing_loaded(monkeypatch):
 
 def test_neither_encoder_nor_llama_is_loaded(small_vit, encoded, nothing_loaded, tmp_path):
     module = train(build(Align, small_vit, features=str(encoded)), encoded, tmp_path, steps=2)
-    assert parameter_counts(module.model) == (32 * 49 + 33 * 256 + 2 * 256, 0)
+    assert parameter_counts(module.model) == (32 * 49 + 33 * 256, 2 * 256)  # the sentinels wait for stage 2
     assert (tmp_path / "visplice.json").exists()
 
 
@@ -192,7 +192,7 @@ def test_command_takes_the_parts_from_the_features(small_vit, encoded, nothing_l
     words = ["align", "fit", "--data.path", str(encoded), "--out", str(tmp_path / "out"), "--trainer.max_steps", "3"]
     words += ["--data.batch_size", "8", "--model.hidden", "16", "--device", "cpu", "--trainer.log_every_n_steps", "1"]
     assert main([*words, "--data.val_path", str(encoded)]) == 0
-    assert ", 0 frozen" in capsys.readouterr().out
+    assert ", 512 frozen" in capsys.readouterr().out
     extension = read_extension(tmp_path / "out")
     assert extension.encoder == small_vit and extension.lm == EMBEDDED and extension.template == "turns"
     with open(tmp_path / "out" / "logs" / "metrics.csv") as file:

@@ -111,6 +111,10 @@ def test_features_of_other_data_are_refused_and_validation_may_do_without(kit, s
         ValueError, match=rf"{features} was made of {data} \(12 samples, .* but the data is .*other \(6"
     ):
         fit(module, ShardData(str(tmp_path / "other")), tmp_path / "out", max_steps=1, seed=0, accelerator="cpu")
+    with pytest.raises(
+        ValueError, match=rf"holds features, and conversations stand in the shards; data.path is {data}"
+    ):
+        fit(module, ShardData(str(features)), tmp_path / "out", max_steps=1, seed=0, accelerator="cpu")
     both = ShardData(str(data), val_path=str(tmp_path / "other"))
     both.use_tokens(FeatureSet(features))
     assert [type(source).__name__ for source in both.sources()] == ["TokenSet", "ShardSet"]
