@@ -202,10 +202,17 @@ def _locked(folder: Path) -> Iterator[Lock]:
     try:
         yield Lock(descriptor)
     finally:
-        if not (folder / INDEX).exists():
-            for pattern in ("*.jsonl*", "*.partial", file.name):
-                for stray in file.parent.glob(pattern):
-                    stray.unlink()
-            with suppress(OSError):  # something of somebody else's lies in it
-                file.parent.rmdir()
-        os.close(descriptor)
+        try:
+            if not (folder / INDEX).exists():
+                _remove_empty(file)
+        finally:
+            os.close(descriptor)
+
+
+def _remove_empty(lock: Path) -> None:
+    """Removes what is left in a curation folder without an index, and the folder."""
+    for pattern in ("*.jsonl*", "*.partial", lock.name):
+        for stray in lock.parent.glob(pattern):
+            stray.unlink()
+    with suppress(OSError):  # something of somebody else's lies in it
+        lock.parent.rmdir()
