@@ -45,11 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Runs it; returns the exit status."""
-    import os
-
     from visplice.app.device import pick_device, pick_dtype
     from visplice.train.data.encode import EncodeConfig, encode
     from visplice.train.data.frozen import frozen_parts
+    from visplice.train.data.workers import usable_cpus
 
     changes = {
         "model": options.encoder_model,
@@ -68,7 +67,7 @@ def main(options: argparse.Namespace) -> int:
             tokens=options.tokens,
             decode=options.decode,
             batch_size=options.batch_size,
-            workers=options.workers or min(16, os.cpu_count() or 1),
+            workers=options.workers or min(16, usable_cpus()),
             device=pick_device(options.device),
             dtype=pick_dtype(options.dtype),
             max_skipped=options.max_skipped,

@@ -16,7 +16,7 @@ from visplice.lm.templates import template_for
 from visplice.lm.vision_llama import VisionLlama
 from visplice.projector.mlp import Projector, ProjectorConfig, rms
 from visplice.train.data.features import FeaturePreparer, FeatureSet
-from visplice.train.data.frozen import refuse_other_encoder, refuse_other_features, refuse_other_lm
+from visplice.train.data.frozen import refuse_other_encoder, refuse_other_lm
 from visplice.train.data.prepare import AlignPreparer, normalised
 from visplice.train.losses import info_nce, rank_share, retrieval
 from visplice.train.optim import FrozenBackbones, OptimConfig, configure, log_learning_rate
@@ -85,11 +85,6 @@ class Align(FrozenBackbones, L.LightningModule):
             self.preparer = AlignPreparer(transform=vision.transform, tokenizer=tokenizer)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
         self.model.projector.sentinels.requires_grad_(False)  # they take no part in this stage
-
-    def setup(self, stage: str) -> None:
-        """Refuses data of the other kind, and features of other backbones."""
-        for source in self.trainer.datamodule.sources():  # type: ignore[attr-defined]
-            refuse_other_features(source, self.features)
 
     def pictures(self, pixels: Tensor) -> Tensor:
         """Projected CLS tokens `[B, D]`; of an encoder without CLS, the projected mean of the patches."""

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from visplice.lm.extension import save_extension
 from visplice.lm.vision_llama import VisionLlama
+from visplice.train.data.features import FeatureSet
+from visplice.train.data.frozen import refuse_other_features
 
 if TYPE_CHECKING:
     import lightning as L
@@ -78,6 +80,8 @@ class FrozenBackbones:
 
     model: Any  # VisionLlama, or the projector alone
     lm_source: str
+    features: FeatureSet | None = None  # what takes the place of the backbones
+    trainer: Any
     strict_loading = False  # a checkpoint holds the trainable weights alone
 
     def _backbones(self) -> dict[str, nn.Module]:
@@ -85,6 +89,12 @@ class FrozenBackbones:
         if not isinstance(self.model, VisionLlama):
             return {}
         return {"encoder": self.model.encoder, "decoder": self.model.lm}
+
+    def setup(self, stage: str) -> None:
+        """Refuses data of the other kind, and features of other backbones."""
+        if self.trainer.datamodule is not None:
+            for source in self.trainer.datamodule.sources():
+                refuse_other_features(source, self.features)
 
     def save(self, folder: str | Path) -> None:
         """Writes the extension folder."""

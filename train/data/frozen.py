@@ -202,7 +202,7 @@ def refuse_other_features(source: Any, own: FeatureSet | None) -> None:
     """
     if own is None:
         if isinstance(source, FeatureSet):
-            raise ValueError(f"{source.path} holds features, but the model was built for pictures; name model.features")
+            raise ValueError(f"{source.path} holds features, but the model is built for pictures; name shards instead")
     elif not isinstance(source, FeatureSet):
         raise ValueError(
             f"{source.path} holds no features, but {own.path} does and the model was built for them; run "

@@ -19,8 +19,10 @@ from visplice.train.data.encode import encode
 from visplice.train.data.features import FeatureSet
 from visplice.train.data.module import ShardData
 from visplice.train.data.shards import read_samples, write_shards
+from visplice.train.instruct import Instruct
 from visplice.train.optim import OptimConfig
 from visplice.train.trainer import fit, parameter_counts
+from visplice.vision.encoder import EncoderConfig
 
 STEPS = 8
 
@@ -196,6 +198,24 @@ def test_command_takes_the_parts_from_the_features(small_vit, encoded, nothing_l
         assert len([row for row in csv.DictReader(file) if row["train/loss"]]) == 3
 
 
+def test_command_takes_nothing_of_the_shipped_encoder(kit, pictures, tmp_path):
+    """A field of several values replaces the shipped one as a whole: this encoder overrides nothing."""
+    config = kit.save_vit(EncoderConfig(model="test_vit", weights=None, image_size=160), tmp_path / "vit.safetensors")
+    encode(kit.config_of(pictures, tmp_path / "features", config))
+    words = [
+        "align",
+        "fit",
+        "--data.path",
+        str(tmp_path / "features"),
+        "--out",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
+    assert main([*words, "--trainer.max_steps", "1", "--data.batch_size", "8"]) == 0
+    assert read_extension(tmp_path / "out").encoder == config
+
+
 def test_command_finds_the_features_behind_a_config_file_and_in_a_mixture(encoded, nothing_loaded, tmp_path):
     words = ["align", "fit", "--trainer.max_steps", "1", "--device", "cpu", "--model.hidden", "16", "--config"]
     for number, data in enumerate(({"path": str(encoded)}, {"mixture": {str(encoded): 1.5}})):
@@ -266,8 +286,9 @@ def test_data_of_the_other_kind_is_refused(small_vit, pictures, encoded, tmp_pat
     module = build(Align, small_vit, features=str(encoded))
     with pytest.raises(ValueError, match=f"{pictures} holds no features, but {encoded} does .* `visplice data encode`"):
         train(module, encoded, tmp_path, val_path=str(pictures))
-    with pytest.raises(ValueError, match=f"{encoded} holds features, but the model was built for pictures"):
-        train(build(Align, small_vit), encoded, tmp_path)
+    for stage in (build(Align, small_vit), Instruct(small_vit, EMBEDDED, hidden=8)):
+        with pytest.raises(ValueError, match=f"{encoded} holds features, but the model is built for pictures"):
+            train(stage, encoded, tmp_path)
 
 
 def test_features_of_another_making_beside_them_are_refused(kit, small_vit, pictures, encoded, tmp_path):
