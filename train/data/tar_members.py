@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from visplice.train.data.record import Fault
 
@@ -108,7 +110,19 @@ def tar_members(descriptor: int, file: Path) -> Iterator[Member | Fault]:
         yield Fault("truncated-tar", f"{file}: {what}; the copy or download may be cut off")
 
 
-def _parse(block: bytes) -> tarfile.TarInfo | None:
+class _Header(NamedTuple):
+    """What a header says of a plain file; of anything else, tarfile's own class says it."""
+
+    type: bytes
+    size: int
+    name: str
+
+
+def _parse(block: bytes) -> tarfile.TarInfo | _Header | None:
+    """What a block says as a header; None where it is none."""
+    plain = _parse_plain(block)
+    if plain is not None:
+        return plain
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except (tarfile.TarError, ValueError):
@@ -116,11 +130,34 @@ def _parse(block: bytes) -> tarfile.TarInfo | None:
     return header if header.size >= 0 else None
 
 
+def _parse_plain(block: bytes) -> _Header | None:
+    """A header as most are: of a plain file, in ustar's form, with a short name; in a tenth of tarfile's time.
+
+    The sum that a header states takes its own eight bytes for spaces. Adler-32 holds the sum of all bytes, modulo 65521.
+    """
+    size, stated = block[124:135], block[148:154]
+    if (
+        len(block) != _BLOCK
+        or block[156:157] != tarfile.REGTYPE
+        or block[257:263] != b"ustar\0"
+        or block[345:346] != b"\0"
+    ):
+        return None
+    if not (size.isdigit() and stated.isdigit() and block[135:136] in b"\0 " and block[154:156] == b"\0 "):
+        return None
+    try:
+        total = int(stated, 8) - 8 * ord(" ") + sum(block[148:156])
+        header = _Header(tarfile.REGTYPE, int(size, 8), block[:100].partition(b"\0")[0].decode())
+    except ValueError:  # digits of another base, or a name that is not UTF-8
+        return None
+    return header if zlib.adler32(block) & 0xFFFF == (total + 1) % 65521 else None
+
+
 def _padded(length: int) -> int:
     return -(-length // _BLOCK) * _BLOCK
 
 
-def _length(header: tarfile.TarInfo, told: dict[bytes, bytes]) -> int | None:
+def _length(header: tarfile.TarInfo | _Header, told: dict[bytes, bytes]) -> int | None:
     """Bytes of a member's content in the file; None where a pax record makes nonsense of it."""
     if header.type in _NO_DATA:
         return 0

@@ -145,6 +145,8 @@ def test_peek_is_the_first_batch_and_leaves_the_place(folder):
     for _ in range(3):
         next(batches)
     assert peeked.peek() == first and peeked.position == 3
+    parts = [loader(folder, rank=rank, world=3) for rank in range(3)]
+    assert parts[0].peek() == parts[1].peek() == parts[2].peek() == next(iter(parts[0]))
 
 
 def test_evaluation_takes_the_samples_in_their_order_every_time(folder):
