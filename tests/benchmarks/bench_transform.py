@@ -2,10 +2,11 @@
 
     python tests/benchmarks/bench_transform.py --pictures 256 --rounds 9
 
-Writes a shard of 640 x 480 JPEGs of quality 90 to a temporary folder: windows of the photographs that come inside
-matplotlib and gradio, or of those in `--photographs DIR`. Then every contender reads all of it into batches, one
-thread, by turns and in turned order; time is CPU time of this process, the shard lies in the page cache. The ratio is
-the median of the ratios of each round, `difference` that of normalised pixels from the exact transform over all files.
+Writes a shard of JPEGs of quality 90, 640 x 480 unless `--size` says otherwise, to a temporary folder: windows of the
+photographs that come inside matplotlib and gradio, or of those in `--photographs DIR`. Then every contender reads all
+of it into batches, one thread, by turns and in turned order; time is CPU time of this process, the shard lies in the
+page cache. The ratio is the median of the ratios of each round, `difference` that of normalised pixels from the exact
+transform over all files.
 """
 
 from __future__ import annotations
@@ -58,16 +59,17 @@ def photographs(folder: Path | None) -> list[Image.Image]:
     return [open_image(file.read_bytes()) for file in files if file.is_file()]
 
 
-def samples(images: list[Image.Image], count: int) -> Iterator[Sample]:
+def samples(images: list[Image.Image], count: int, size: tuple[int, int]) -> Iterator[Sample]:
     """Random windows of the photographs, between half and all of their height or width, some mirrored."""
+    aspect = size[0] / size[1]
     rng = np.random.default_rng(0)
     for index in range(count):
         image = images[index % len(images)]
-        width = min(image.width, image.height * 4 / 3) * rng.uniform(0.5, 1)
-        height = width * 3 / 4
+        width = min(image.width, image.height * aspect) * rng.uniform(0.5, 1)
+        height = width / aspect
         left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
         box = (left, top, min(image.width, left + width), min(image.height, top + height))
-        window = image.resize((640, 480), Image.Resampling.LANCZOS, box=box)
+        window = image.resize(size, Image.Resampling.LANCZOS, box=box)
         if rng.random() < 0.5:
             window = window.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         file = io.BytesIO()
@@ -107,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictures", type=int, default=256, help="files in the shard")
     parser.add_argument("--rounds", type=int, default=9, help="passes of each contender over the shard")
+    parser.add_argument("--size", type=int, nargs=2, default=(640, 480), metavar=("WIDTH", "HEIGHT"), help="in pixels")
     parser.add_argument("--photographs", type=Path, help="folder of photographs to cut windows from")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -115,9 +118,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench_transform_") as name:
         folder = Path(name)
         found = photographs(options.photographs)
-        write_shards(samples(found, options.pictures), folder, source={}, per_shard=options.pictures)
-        size = sum(file.stat().st_size for file in folder.glob("*.tar")) / options.pictures
-        print(f"{options.pictures} windows of {len(found)} photographs, {size / 1000:.0f} kB a sample\n")
+        write_shards(
+            samples(found, options.pictures, tuple(options.size)), folder, source={}, per_shard=options.pictures
+        )
+        length = sum(file.stat().st_size for file in folder.glob("*.tar")) / options.pictures
+        print(f"{options.pictures} windows of {len(found)} photographs, {length / 1000:.0f} kB a sample\n")
         contenders: dict[str, Callable[[], Iterator[Tensor]]] = {
             "webdataset + open_clip, evaluation, float32": lambda: peer(folder, False),
             "webdataset + open_clip, training, float32": lambda: peer(folder, True),
