@@ -61,10 +61,13 @@ class ShardMaker:
         file = self.out / shard_name(task.index)
         samples = self._samples(task, facts)
         first = next(samples, None)
-        facts["entry"] = None if first is None else write_shard(file, chain([first], samples))
         if first is None:
             file.unlink(missing_ok=True)
-        return facts
+            return facts | {"entry": None}
+        try:
+            return facts | {"entry": write_shard(file, chain([first], samples))}
+        except OSError as error:
+            raise _naming(file, error) from error
 
     def _samples(self, task: Task, facts: Facts) -> Iterator[Sample]:
         for ordinal, entry in enumerate(task.entries, task.first):
@@ -137,8 +140,13 @@ class ShardMaker:
                 os.close(descriptor)
         except OSError as error:
             if error.errno not in _NOT_THERE:
-                raise
+                raise _naming(self.images / name, error) from error
             raise Fault("missing-image", f"{name}: {error.strerror}") from None
+
+
+def _naming(file: Path, error: OSError) -> OSError:
+    """The error with the name of the file, which reading and writing leave out."""
+    return error if error.filename is not None else OSError(error.errno, error.strerror, str(file))
 
 
 def _count_odd(oddities: dict[str, Any], ordinal: int, identity: str, odd: list[tuple[str, str]]) -> None:
