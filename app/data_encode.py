@@ -73,12 +73,11 @@ def main(options: argparse.Namespace) -> int:
             max_skipped=options.max_skipped,
         )
     )
-    each = manifest["bytes"] / max(1, manifest["captions"])
     skipped = sum(manifest["skipped"].values())
     told = "".join(f"\n  {count} skipped: {name}" for name, count in manifest["skipped"].items())
     print(
         f"{manifest['samples']:,} samples, {manifest['pictures']:,} pictures, {manifest['captions']:,} captions, "
-        f"{manifest['bytes']:,} bytes ({each:,.0f} a caption){told}"
+        f"{manifest['bytes']:,} bytes{told}"
     )
     if skipped:
         print(f"  {options.out}/skipped.jsonl lists them")

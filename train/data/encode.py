@@ -237,7 +237,8 @@ class _Job:
     ) -> Rows:
         rows, batch = Rows(quota), []
         skipped = self._skipped[shard] = []
-        for _ in range(self._data.counts[shard]):
+        total = self._data.counts[shard]
+        for number in range(total):
             key, outcome = next(stream)
             try:
                 if isinstance(outcome, Fault):
@@ -245,12 +246,12 @@ class _Job:
                 batch.append(outcome.result())
             except Fault as fault:
                 self._skip(skipped, shard, key, fault)
-            if sum(len(row.pictures) for row in batch) >= self._config.batch_size:
+            full = sum(len(row.pictures) for row in batch) >= self._config.batch_size
+            if batch and (full or number == total - 1):
                 self._encode(batch, rows, tokens)
+                bar.update(len(batch))
                 batch = []
-            bar.update()
-        if batch:
-            self._encode(batch, rows, tokens)
+        bar.update(len(skipped))
         return rows
 
     @torch.inference_mode()

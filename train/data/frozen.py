@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import yaml
-from safetensors import safe_open
 from torch import Tensor
 
 from visplice.lm.checkpoint import Checkpoint, open_checkpoint
 from visplice.lm.extension import EMBEDDED, lm_folder, load_tokenizer
 from visplice.lm.fingerprint import Fingerprint, fingerprint
 from visplice.lm.hub import resolve
+from visplice.lm.tensor_files import open_file
 from visplice.lm.tokenizer import Tokenizer
 from visplice.lm.tokenizer_files import find_tokenizer
 from visplice.train.data.features import STAGE, FeatureSet
@@ -169,9 +169,9 @@ def refuse_other_encoder(cached: Mapping[str, Any], given: EncoderConfig, where:
 def _file_fingerprint(file: Path) -> str:
     """The fingerprint that an encoder has once it has read this file, which holds its state dict."""
     parts = Fingerprint()
-    with safe_open(str(file), framework="pt") as stored:
-        for name in stored.keys():  # noqa: SIM118  no mapping
-            parts.add(name, stored.get_tensor(name))
+    stored = open_file(file)
+    for name in stored.names():
+        parts.add(name, stored.get(name))  # a view of the mapped file, of which few pages are read
     return parts.hexdigest()
 
 
