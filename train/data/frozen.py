@@ -102,7 +102,7 @@ def frozen_parts(config: str | Path | None, changes: Mapping[str, Any]) -> tuple
 def absolute(name: str) -> str:
     """A path that means the same in every working directory; 'embedded', 'pretrained' and hub names as they are."""
     path = Path(name).expanduser()
-    return str(path.resolve()) if name != EMBEDDED and path.exists() else name
+    return str(path.resolve()) if name not in (EMBEDDED, "pretrained") and path.exists() else name
 
 
 def made_with(vision: VisionEncoder, text: Text, **more: Any) -> dict[str, Any]:
