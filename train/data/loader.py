@@ -122,7 +122,7 @@ class ShardLoader:
         return batch
 
     def peek(self) -> dict[str, Any]:
-        """The first batch with a row, read in this process, the same on every rank; no position moves, nothing is counted.
+        """The first batch with a row, the same on every rank, read in this process; nothing moves or is counted.
 
         Raises:
             ValueError: no sample of an epoch can be used.

@@ -133,7 +133,7 @@ def _parse(block: bytes) -> tarfile.TarInfo | _Header | None:
 def _parse_plain(block: bytes) -> _Header | None:
     """A header as most are: of a plain file, in ustar's form, with a short name; in a tenth of tarfile's time.
 
-    The sum that a header states takes its own eight bytes for spaces. Adler-32 holds the sum of all bytes, modulo 65521.
+    The sum that a header states takes its own eight bytes for spaces. Adler-32 holds that of all bytes, modulo 65521.
     """
     size, stated = block[124:135], block[148:154]
     if (
