@@ -66,7 +66,8 @@ class _Builder:
         fault = member.fault or self._name_fault(member, shown, known=match is not None)
         if fault is None and (match is None or (shown.startswith("__") and shown.endswith("__"))):
             return  # as WebDataset does
-        key, suffix = (match[1], match[2].lower()) if match else (shown, "")
+        key, suffix = match.groups() if match else os.path.splitext(shown)
+        suffix = suffix.lower()
         self._last = shown
         current = self._current(key)
         if current is not None and suffix not in current.members:
