@@ -148,9 +148,11 @@ def main(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from visplice.train.data.convert import convert
+    from visplice.train.data.sources import many_objects
     from visplice.train.data.workers import usable_cpus
 
-    source, images = open_source(options)
+    with many_objects():
+        source, images = open_source(options)
     out = Path(options.out)
     with tqdm(total=len(source.entries), unit=" entries", desc=options.source, disable=None) as bar:
         report = convert(

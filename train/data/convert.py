@@ -110,10 +110,6 @@ class ShardMaker:
                 facts, _ = examine(data, os.path.splitext(name)[1] or None)
             except ImageError as error:
                 raise Fault(error.kind, f"{name}: {error}") from None
-            except MemoryError:
-                raise
-            except Exception as error:  # Pillow raises nearly anything at metadata it did not expect
-                raise Fault("damaged-image", f"{name}: {error or type(error).__name__}") from None
             pictures.append((facts.suffix if len(entry.images) == 1 else f"{number}.{facts.suffix}", data))
             odd += [(oddity, name) for oddity in facts.oddities]
         return Sample(key=key, images=tuple(pictures), record=record), odd

@@ -221,8 +221,8 @@ def _question(
     chosen = chosen.strip()
     for part in (text, chosen, *usable):
         check_text(part)
-        if MARK in part:
-            raise Fault("placeholder-count", f"question {shown(identity)} or its answer holds {MARK} as text")
+    if MARK in text:
+        raise Fault("placeholder-count", f"question {shown(identity)} holds {MARK} as text")
     stored = {"question_id": identity, "question": text, "answers": texts}
     raw = [answer.get("raw_answer") for answer in given if isinstance(answer, dict)]
     if any(isinstance(answer, str) for answer in raw):

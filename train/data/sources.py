@@ -7,10 +7,11 @@ be, with what could not be used among them and why. Nothing is dropped in silenc
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,17 @@ class Source:
     files: list[dict[str, Any]]  # name, bytes, sha256
     options: dict[str, Any]  # what else decides the samples
     entries: list[Entry] = field(repr=False)
+
+
+@contextlib.contextmanager
+def many_objects() -> Iterator[None]:
+    """For reading a source: millions of objects without a cycle, on which collections would take most of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def refused(identity: object, fault: Fault, *, items: int = 1) -> Entry:
@@ -98,15 +110,12 @@ def parse_json(text: str, file: Path) -> Any:
     """
     if not text.strip():
         raise ValueError(f"{file} is empty; the download or copy may have failed")
-    gc.disable()  # millions of small objects and no garbage: collections would take most of the time
     try:
         return json.loads(text)
     except RecursionError:
         raise ValueError(f"{file}: nested too deeply to be a data set") from None
     except ValueError as error:
         raise ValueError(f"{file}: not JSON ({error}); the download or copy may be cut off") from None
-    finally:
-        gc.enable()
 
 
 def list_of(content: Any, key: str, file: Path, *, what: str) -> list[Any]:
