@@ -24,6 +24,7 @@ from visplice.train.data.journal import Facts, Journal, open_journal
 from visplice.train.data.record import Fault, Sample, check_marks, check_record
 from visplice.train.data.shards import shard_name, write_shard
 from visplice.train.data.sources import Entry, LeftOut, Source, left_out
+from visplice.train.data.tar_index import MAX_PICTURE, MAX_TEXT
 from visplice.train.data.workers import run_tasks
 from visplice.vision.image import ImageError
 from visplice.vision.image_facts import examine
@@ -100,12 +101,14 @@ class ShardMaker:
         check_record(record)
         check_marks(record, len(entry.images))
         try:
-            json.dumps(record, ensure_ascii=False).encode()
+            length = len(json.dumps(record, ensure_ascii=False).encode())
         except UnicodeEncodeError as error:
             raise Fault("not-utf8", f"the record holds half of a surrogate pair ({error.reason})") from None
+        if length > MAX_TEXT:
+            raise Fault("too-large", f"the record has {length} bytes; at most {MAX_TEXT} are read")
         pictures, odd = [], []
         for number, name in enumerate(entry.images):
-            data = self._read(name)
+            data = self._read(name, MAX_PICTURE)
             try:
                 facts, _ = examine(data, os.path.splitext(name)[1] or None)
             except ImageError as error:
@@ -116,11 +119,11 @@ class ShardMaker:
 
     def _caption(self, name: str) -> str:
         try:
-            return self._read(name).decode().removeprefix("\ufeff").strip()
+            return self._read(name, MAX_TEXT).decode().removeprefix("\ufeff").strip()
         except UnicodeDecodeError as error:
             raise Fault("not-utf8", f"{name} is not UTF-8 ({error})") from None
 
-    def _read(self, name: str) -> bytes:
+    def _read(self, name: str, limit: int) -> bytes:
         if os.path.isabs(name) or ".." in name.split("/") or "\0" in name:
             raise Fault("unsafe-name", f"{name!r} leads out of the folder of pictures")
         assert self.images is not None
@@ -128,8 +131,11 @@ class ShardMaker:
             # Without blocking, or a named pipe would hold the run for ever.
             descriptor = os.open(self.images / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
-                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                facts = os.fstat(descriptor)
+                if not stat.S_ISREG(facts.st_mode):
                     raise Fault("missing-image", f"{name} is no plain file")
+                if facts.st_size > limit:
+                    raise Fault("too-large", f"{name} has {facts.st_size} bytes; at most {limit} are read")
                 with open(descriptor, "rb", closefd=False) as file:
                     return file.read()
             finally:

@@ -17,8 +17,8 @@ from visplice.train.data.tar_members import Member, tar_members
 from visplice.vision.image_facts import IMAGE_SUFFIXES
 
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)  # key, suffix
-_MAX_TEXT = 1 << 26  # bytes of a record or caption that are read
-_MAX_PICTURE = 1 << 30  # bytes of a picture that are read
+MAX_TEXT = 1 << 26  # bytes of a record or caption that are read
+MAX_PICTURE = 1 << 30  # bytes of a picture that are read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,16 +144,16 @@ def read_slot(descriptor: int, slot: Slot, *, images: bool = True) -> Sample:
             raise Fault("missing-image", f"the record names {slot.key}.{suffix}, which is not in the shard")
     check_marks(record, len(named))
     # A picture that is named twice is read once.
-    data = {suffix: _read(descriptor, slot, suffix, _MAX_PICTURE) if images else b"" for suffix in named}
+    data = {suffix: _read(descriptor, slot, suffix, MAX_PICTURE) if images else b"" for suffix in named}
     return Sample(key=slot.key, images=tuple((suffix, data[suffix]) for suffix in named), record=record)
 
 
 def _record(descriptor: int, slot: Slot) -> dict[str, Any]:
     """The record of a slot; `key.txt` is its caption where `key.json` has no text, as img2dataset writes them."""
-    record: Any = load_json(_read(descriptor, slot, "json", _MAX_TEXT)) if "json" in slot.members else None
+    record: Any = load_json(_read(descriptor, slot, "json", MAX_TEXT)) if "json" in slot.members else None
     if "txt" in slot.members and (record is None or (isinstance(record, dict) and not has_text(record))):
         try:
-            text = _read(descriptor, slot, "txt", _MAX_TEXT).decode().strip()
+            text = _read(descriptor, slot, "txt", MAX_TEXT).decode().strip()
         except UnicodeDecodeError as error:
             raise Fault("not-utf8", f"{slot.key}.txt is not UTF-8 ({error})") from None
         record = {**(record or {}), "captions": [text]}

@@ -239,6 +239,14 @@ def test_conversation_that_cannot_be_used_is_counted_under_its_name(run, tmp_pat
     assert skipped(tmp_path / "out") == [(0, "bad", fault), (2, "none", "no-text")]
 
 
+def test_picture_larger_than_is_read_is_not_written_either(run, tmp_path):
+    (tmp_path / "images").mkdir()
+    with open(tmp_path / "images" / "huge.jpg", "wb") as file:
+        file.truncate((1 << 30) + 1)
+    run([item("a", "huge.jpg"), item("b")], {})
+    assert skipped(tmp_path / "out") == [(0, "a", "too-large")]
+
+
 def test_half_of_a_surrogate_pair_anywhere_is_found_before_it_is_written(run, tmp_path):
     run([item("a\udc00"), item("b") | {"model": ["\udfff"]}, item("c")], {})
     assert [fault for _, _, fault in skipped(tmp_path / "out")] == ["not-utf8", "not-utf8"]
