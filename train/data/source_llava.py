@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from visplice.train.data.record import MARK, Fault
+from visplice.train.data.record import MARK, Fault, check_depth
 from visplice.train.data.sources import Entry, Source, identify, outline, parse_json, read_text, refused
 
 _OURS = ("id", "image", "images", "conversations", "captions", "questions", "files")  # fields with a meaning of ours
@@ -74,6 +74,7 @@ def _entry(item: Any, seen: dict[int, list[Any]], captions: bool) -> Entry:
     identity = item.get("id")
     try:
         name = identify(identity, "id") if identity is not None else ""
+        check_depth(item)
         _refuse_double(item, seen)
         images = _images(item.get("image"))
         record = {"id": name} if name else {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from visplice.train.data.record import MARK, Fault, check_text
+from visplice.train.data.record import MARK, Fault, check_depth, check_text
 from visplice.train.data.sources import (
     Entry,
     LeftOut,
@@ -228,4 +228,6 @@ def _question(
     if any(isinstance(answer, str) for answer in raw):
         stored["raw_answers"] = raw
     kept = {"question_types": item, "question_type": annotation, "answer_type": annotation}
-    return stored | {name: holder[name] for name, holder in kept.items() if name in holder}, chosen
+    stored |= {name: holder[name] for name, holder in kept.items() if name in holder}
+    check_depth(stored)
+    return stored, chosen
