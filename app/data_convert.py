@@ -165,8 +165,12 @@ def main(options: argparse.Namespace) -> int:
             part=options.part,
             progress=bar.update,
         )
-    part = "" if options.part[1] == 1 else f" (part {options.part[0]} of {options.part[1]})"
-    print(summary(report, f"{out}{part}"))
+    number, parts = options.part
+    if parts == 1 or "part" not in report:
+        print(summary(report, str(out)))
+    else:
+        print(summary(report, f"{out} (part {number} of {parts})"))
+        print(f"when all {parts} parts are there: visplice data merge {out} --out DIR")
     return 0
 
 
@@ -185,6 +189,6 @@ def summary(report: dict[str, Any], name: str) -> str:
         if part:
             lines.append(f"{title}:")
             lines += [f"  {found['count']:>9,} {fault:18} {meaning(fault)}" for fault, found in part.items()]
-    if report["skipped"]:
+    if report["skipped"] and "part" not in report:
         lines.append("each skipped one is in skipped.jsonl, counts and examples in report.json")
     return "\n".join(lines)

@@ -27,7 +27,7 @@ from visplice.train.data.sources import Entry, LeftOut, Source, left_out
 from visplice.train.data.tar_index import MAX_PICTURE, MAX_TEXT
 from visplice.train.data.workers import run_tasks
 from visplice.vision.image import ImageError
-from visplice.vision.image_facts import examine
+from visplice.vision.image_facts import ODDITIES, examine
 
 # What opening a file says when it is the file's fault, and not that of the disk or the network, which may pass.
 _NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.ENXIO}
@@ -81,7 +81,8 @@ class ShardMaker:
                 else:
                     if odd and self.strict:
                         name, file = odd[0]
-                        skipped.append(LeftOut(id=entry.id, fault=name, message=f"{file} is odd", items=entry.items))
+                        message = f"{file}: {ODDITIES[name]}"
+                        skipped.append(LeftOut(id=entry.id, fault=name, message=message, items=entry.items))
                     else:
                         facts["items"] += entry.items
                         _count_odd(facts["oddities"], ordinal, entry.id, odd)

@@ -58,13 +58,13 @@ def finish_part(
     Args:
         total: shards of all parts.
     Returns:
-        The report of this part.
+        The report of this part, with "part".
     """
     sync(out)
     header = {"schema": SCHEMA, "source": identity, "part": part, "of_shards": total}
     write_json(out / part_name(part), {**header, "shards": list(facts)})
     sync(out)
-    return make_report(identity, facts)
+    return make_report(identity, facts) | {"part": part}
 
 
 def finished(out: Path, identity: dict[str, Any], part: tuple[int, int]) -> dict[str, Any] | None:
@@ -83,7 +83,7 @@ def finished(out: Path, identity: dict[str, Any], part: tuple[int, int]) -> dict
     if part[1] > 1 and (out / name).exists():
         facts = json.loads((out / name).read_text(encoding="utf-8"))["shards"]
         check_shards(out, [shard["entry"] for shard in facts if shard["entry"]], name)
-        return make_report(identity, facts)
+        return make_report(identity, facts) | {"part": part}
     return None
 
 

@@ -180,7 +180,9 @@ def test_commands(data, final, tmp_path, capsys):
     words = ["llava", "--json", f"{data}/items.json", "--images", f"{data}/images", "--per-shard", "3", "--out", out]
     for part in ("1/2", "2/2"):
         assert main(["data", "convert", *words, "--workers", "1", "--part", part]) == 0
-    assert f"{out} (part 2 of 2): 7 samples with 7 pictures in 3 shards" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"{out} (part 2 of 2): 7 samples with 7 pictures in 3 shards" in told
+    assert f"when all 2 parts are there: visplice data merge {out} --out DIR" in told
     assert main(["data", "merge", out, "--out", out]) == 0
     assert f"{out}: 15 samples with 15 pictures in 7 shards" in capsys.readouterr().out
     assert content(tmp_path / "out") == final
