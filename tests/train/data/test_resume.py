@@ -125,15 +125,10 @@ def test_resumed_at_every_step_it_sees_what_the_undisturbed_run_saw(folder, tmp_
 def test_workers_that_read_ahead_do_not_move_the_place(folder, tokenizer, tmp_path, accumulate):
     transform = Transform(image_size=4, resize="squash", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     preparer = AlignPreparer(transform=transform, tokenizer=tokenizer)
-    options = {
-        "preparer": preparer,
-        "workers": 2,
-        "max_steps": STEPS + 2,
-        "accumulate_grad_batches": accumulate,
-        "every": 3,
-    }
-    straight, _ = fit(folder, tmp_path, **options)
-    alone, _ = fit(folder, tmp_path / "alone", **options | {"workers": 0, "every": 0})
+    options = {"preparer": preparer, "max_steps": STEPS + 2, "accumulate_grad_batches": accumulate}
+    alone, _ = fit(folder, tmp_path / "alone", every=0, **options)
+    options["data"] = {"num_workers": 2}
+    straight, _ = fit(folder, tmp_path, every=3, **options)
     assert straight.seen == alone.seen
     for file in checkpoints(tmp_path)[:2]:
         step = int(file.stem.split("=")[1])
