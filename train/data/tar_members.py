@@ -17,7 +17,8 @@ from typing import NamedTuple
 from visplice.train.data.record import Fault
 
 _BLOCK = tarfile.BLOCKSIZE
-_CHUNK = 1 << 22  # bytes read at a time where nothing but zeros or garbage is
+_CHUNK = 1 << 20  # bytes read at a time where nothing but zeros or garbage is
+_ZEROS = bytes(_CHUNK)
 _MAX_HEADER = 1 << 16  # bytes of a header that holds a long name; Linux takes paths of 4096
 _MAGIC, _MAGIC_AT = b"ustar", 257
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
@@ -66,7 +67,7 @@ def tar_members(descriptor: int, file: Path) -> Iterator[Member | Fault]:
         header = _parse(block)
         if header is None:
             start, at = at, _next_header(descriptor, at, size)
-            if size - start < _BLOCK:
+            if size - start < _BLOCK and not (start == 0 and _compression(block)):
                 break
             yield Fault("damaged-tar", _damage(file, block, start, at))
             told, problem, ended = {}, "", True  # where the garbage goes on to the end, that is said
@@ -90,10 +91,11 @@ def tar_members(descriptor: int, file: Path) -> Iterator[Member | Fault]:
             at += _padded(header.size)
             continue
         length = _length(header, told)
-        name = told[b"path"].decode("utf-8", "surrogateescape") if b"path" in told else header.name
+        path = told.get(b"GNU.sparse.name", told.get(b"path"))
+        name = header.name if path is None else path.decode("utf-8", "surrogateescape")
         sparse = any(key.startswith(b"GNU.sparse.") for key in told)
         if length is None:
-            problem, length = f"the header at byte {start} says no size", 0
+            problem, length = "its size in a pax header is no number", header.size
         cut = at + length > size
         if kind != tarfile.DIRTYPE:
             shown = name.encode("utf-8", "backslashreplace").decode()
@@ -188,10 +190,11 @@ def _behind_zeros(descriptor: int, at: int, size: int) -> int:
         chunk = os.pread(descriptor, _CHUNK, at)
         if not chunk:
             break
+        if chunk == _ZEROS[: len(chunk)]:  # by far the quickest way to see it
+            at += len(chunk)
+            continue
         zeros = len(chunk) - len(chunk.lstrip(b"\0"))
-        if zeros < len(chunk):
-            return at + zeros // _BLOCK * _BLOCK
-        at += zeros
+        return at + zeros // _BLOCK * _BLOCK
     return size
 
 
@@ -222,10 +225,13 @@ def _next_header(descriptor: int, at: int, size: int) -> int:
     return size
 
 
+def _compression(block: bytes) -> str | None:
+    return next((name for magic, name in _COMPRESSED.items() if block.startswith(magic)), None)
+
+
 def _damage(file: Path, block: bytes, start: int, end: int) -> str:
-    if start == 0:
-        for magic, name in _COMPRESSED.items():
-            if block.startswith(magic):
-                return f"{file}: compressed with {name}; unpack it, so that samples can be read in any order"
-        return f"{file}: no tar file, or its first {end} bytes are overwritten"
-    return f"{file}: {end - start} bytes from {start} on are no part of a tar file"
+    if start:
+        return f"{file}: {end - start} bytes from {start} on are no part of a tar file"
+    if name := _compression(block):
+        return f"{file}: compressed with {name}; unpack it, so that samples can be read in any order"
+    return f"{file}: no tar file, or its first {end} bytes are overwritten"
