@@ -89,6 +89,31 @@ def test_run_that_was_broken_off_goes_on_behind_what_is_finished(data, final, tm
     assert (report["samples"], report["complete"]) == (19, False)
 
 
+def test_run_that_ends_at_any_sync_to_disk_goes_on(data, final, tmp_path, monkeypatch):
+    real, syncs = os.fsync, 0
+
+    def stop(descriptor):
+        nonlocal left
+        if left == 0:
+            raise Stop
+        left -= 1
+        real(descriptor)
+
+    while True:
+        out = tmp_path / str(syncs)
+        left = syncs
+        monkeypatch.setattr(os, "fsync", stop)
+        try:
+            start(data, out)
+            break
+        except Stop:
+            monkeypatch.undo()
+        start(data, out)
+        assert content(out) == final, f"sync {syncs}"
+        syncs += 1
+    assert syncs == 1 + 2 * 8 + 5  # the journal's first line; each shard and its line; lists, manifest, folder
+
+
 def test_what_a_kill_or_a_power_failure_leaves_is_set_right(data, final, tmp_path):
     out = tmp_path / "out"
     start_and_stop(data, out, after=4)
