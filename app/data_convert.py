@@ -176,19 +176,24 @@ def main(options: argparse.Namespace) -> int:
 
 def summary(report: dict[str, Any], name: str) -> str:
     """What became of a source, in lines for people."""
-    from visplice.train.data.convert_report import meaning
-
     unit = report["source"]["unit"]
     items = report[unit]
     lines = [
         f"{name}: {'already complete: ' if report['complete'] else ''}{report['samples']:,} samples with "
-        f"{report['images']:,} pictures in {report['shards']:,} shards, {report['bytes'] / 1e6:,.1f} MB",
+        f"{report['images']:,} pictures in {report['shards']:,} shard{'s'[: report['shards'] != 1]}, "
+        f"{report['bytes'] / 1e6:,.1f} MB",
         f"{unit}: {items['read']:,} read, {items['written']:,} written, {items['skipped']:,} skipped",
     ]
     for title, part in (("skipped", report["skipped"]), ("kept, though odd", report["oddities"])):
         if part:
             lines.append(f"{title}:")
-            lines += [f"  {found['count']:>9,} {fault:18} {meaning(fault)}" for fault, found in part.items()]
+            lines += [f"  {found['count']:>9,} {fault:18} {_told(found, unit)}" for fault, found in part.items()]
     if report["skipped"] and "part" not in report:
         lines.append("each skipped one is in skipped.jsonl, counts and examples in report.json")
     return "\n".join(lines)
+
+
+def _told(found: dict[str, Any], unit: str) -> str:
+    """What a fault is, and how many of the published units went with it where it is not one each."""
+    items = found.get("items", found["count"])
+    return found["meaning"] + (f" ({items:,} {unit})" if items != found["count"] else "")
