@@ -185,7 +185,7 @@ for out, last in zip(outs[::2], map(int, outs[1::2])):
 
 
 def test_killed_at_any_moment_and_run_again_it_is_identical(kit, small_vit, pictures, encoded, tmp_path):
-    moments = [2, 5, 8, 11, 14]  # of 18: job record, two files for each of three shards, lists, manifest
+    moments = [2, 9, 17]  # of 18: before the record of the job, between the two files of a shard, before the manifest
     outs = {tmp_path / str(moment): moment for moment in moments}
     words = [str(word) for pair in outs.items() for word in pair]
     command = [sys.executable, "-c", KILLED, str(pictures), EMBEDDED, repr(small_vit.to_dict()), *words]
@@ -199,7 +199,7 @@ def test_killed_at_any_moment_and_run_again_it_is_identical(kit, small_vit, pict
         assert all(data == kit.content(encoded)[name] for name, data in left.items() if name.endswith(".safetensors"))
         encode(kit.config_of(pictures, out, small_vit, tokens=True))
         assert kit.content(out) == kit.content(encoded)
-    assert whole == sorted(whole) and len(set(whole)) >= 3
+    assert whole == [0, 1, 3]
 
 
 def test_full_disk_is_one_line_and_the_job_goes_on(kit, small_vit, pictures, encoded, tmp_path, monkeypatch):
