@@ -62,7 +62,11 @@ def final(data):
 def running(data, out, *more, **options):
     """The command in a process group of its own, from its first finished shard on."""
     process = subprocess.Popen(
-        [*COMMAND, *words(data, out, *more)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        [*COMMAND, *words(data, out, *more)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in what a shell runs in background
     )
     try:
         while not list(out.glob("*.tar")):
