@@ -48,7 +48,7 @@ def main(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from visplice.lm.extension import embedded_folder
-    from visplice.train.data.check import TestData, check
+    from visplice.train.data.check import HeldOut, check
     from visplice.train.data.check_shard import TokenCounter
     from visplice.train.data.near_pictures import MAX_DISTANCE
     from visplice.train.data.shards import write_json
@@ -63,7 +63,7 @@ def main(options: argparse.Namespace) -> int:
         questions, annotations = (
             Path(file) if file else None for file in (options.against_questions, options.against_annotations)
         )
-        against = TestData(paths=[Path(path) for path in options.against], questions=questions, annotations=annotations)
+        against = HeldOut(paths=[Path(path) for path in options.against], questions=questions, annotations=annotations)
     counter = TokenCounter(
         tokenizer=Path(options.tokenizer) if options.tokenizer else embedded_folder("lm"),
         template=options.template,

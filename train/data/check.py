@@ -46,7 +46,7 @@ MAX_LISTED = 10_000  # findings of one name that a report lists; all are counted
 
 
 @dataclass(frozen=True, kw_only=True)
-class TestData:
+class HeldOut:
     """What training must not have seen: data folders or shards, and perhaps published VQA files."""
 
     paths: Sequence[Path] = ()
@@ -59,7 +59,7 @@ def check(
     *,
     counter: TokenCounter | None = None,
     max_distance: int | None = MAX_DISTANCE,
-    against: TestData | None = None,
+    against: HeldOut | None = None,
     strict: bool = False,
     workers: int = 1,
     progress: Callable[[int, int], object] = lambda done, total: None,

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,8 +134,13 @@ def things_said(record: Mapping[str, Any], *, suffix: str = "", all_answers: boo
 
 
 def _said(question: str, answer: str) -> bytes:
-    words = re.findall(r"\w+", normalised(_DEMANDS.sub("", question)))
-    return digest(" ".join(words), normalize(normalised(answer)) or normalised(answer))[:8]
+    plain = normalised(answer)
+    # Of "a" and "The" the VQA metric leaves nothing, of "?" nothing is left but itself.
+    return digest(_words(_DEMANDS.sub("", question)), normalize(plain) or _words(plain) or plain)[:8]
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", normalised(text)))
 
 
 def find_leaks(training: Sequence[Facts], test: Sequence[Facts], *, max_distance: int) -> Iterator[Leak]:
@@ -228,8 +233,10 @@ def _published_names(item: Mapping[str, Any], *, coco: bool) -> tuple[str, ...]:
 
 def _published_answers(question: Mapping[str, Any], annotation: Mapping[str, Any]) -> set[bytes]:
     given = annotation.get("answers")
-    texts: Iterable[Any] = (
-        answer.get("answer") if isinstance(answer, dict) else answer for answer in given or () if given
+    texts = (
+        [answer.get("answer") if isinstance(answer, dict) else answer for answer in given]
+        if isinstance(given, list)
+        else []
     )
     chosen = annotation.get("multiple_choice_answer")
     asked = question.get("question")
