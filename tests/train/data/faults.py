@@ -36,8 +36,7 @@ BAD_PICTURES = {
 }
 IN_SHARDS = {
     **BAD_PICTURES,
-    "missing member: picture": "missing-image",
-    "missing member: record": "missing-record",
+    "missing member": "missing-image or missing-record",  # as chance has it
     "bad JSON": "bad-json",
     "wrong type": "wrong-type",
     "truncated tar": "truncated-tar",
@@ -73,21 +72,12 @@ class Made:
         return self.good | self.odd
 
 
-def counts_of(kinds, total):
-    """As many of each kind, and `total` in all; the two kinds of missing members share one."""
-    shared = [kind for kind in kinds if not kind.startswith("missing member")]
-    rows = len(shared) + (len(shared) < len(kinds))
-    each = {kind: total // rows for kind in shared}
-    for kind in shared[: total % rows]:
-        each[kind] += 1
-    if rows > len(shared):
-        each["missing member: picture"] = total // rows // 2
-        each["missing member: record"] = total // rows - total // rows // 2
-    assert sum(each.values()) == total
-    return each
-
-
-# --- pictures --------------------------------------------------------------------------------------------------------
+def in_any_order(kinds, total, good, rng):
+    """As many of each kind, `total` in all, among good ones, which are None."""
+    names = list(kinds)
+    mixed = [names[number % len(names)] for number in range(total)] + [None] * good
+    rng.shuffle(mixed)
+    return mixed
 
 
 def _saved(image, kind, **options):
@@ -190,14 +180,9 @@ def bad_picture(kind, rng):
     return which, data
 
 
-# --- records ---------------------------------------------------------------------------------------------------------
-
-
 def conversation(number):
-    return [
-        {"from": "human", "value": "<image>\nWhat is in the picture?"},
-        {"from": "gpt", "value": f"thing number {number}, größer als die anderen"},
-    ]
+    texts = {"human": "<image>\nWhat is in the picture?", "gpt": f"thing number {number}, größer als die anderen"}
+    return [{"from": speaker, "value": text} for speaker, text in texts.items()]
 
 
 def _json(record):
@@ -240,11 +225,9 @@ def make_shards(folder, *, seed, faults=1000, good=560):
     rng = random.Random(seed)
     folder.mkdir()
     made = Made(folder)
-    each = counts_of(IN_SHARDS, faults)
-    num_shards = each.pop("truncated tar")
-    made.faults["truncated-tar"] = num_shards
-    kinds = [None] * good + [kind for kind, count in each.items() for _ in range(count)]
-    rng.shuffle(kinds)
+    kinds = in_any_order(IN_SHARDS, faults, good, rng)
+    made.faults["truncated-tar"] = num_shards = kinds.count("truncated tar")
+    kinds = [kind for kind in kinds if kind != "truncated tar"]
     entries, number = [], 0
     for shard in range(num_shards):
         keys: list[str] = []  # of good samples
@@ -274,24 +257,28 @@ def _after_a_good_one(kinds, repeating):
     return [kind for kind in kinds[:first] if kind != repeating] + [None] + early + kinds[first + 1 :]
 
 
-def _add_sample(tar, made, kind, key, keys, rng):
-    record = {"id": key, "conversations": conversation(int(key))}
-    suffix, data, pixels = good_picture(rng)
-    names = (f"{key}.{suffix}", f"{key}.json")
-    text = None
+def _picture(made, kind, key, names, rng):
+    """Suffix and file of a sample of this kind, which is counted."""
+    if kind in BAD_PICTURES:
+        suffix, data = bad_picture(kind, rng)
+    else:
+        suffix, data, pixels = odd_picture(kind, rng) if kind in ODD else good_picture(rng)
     if kind in ODD:
-        suffix, data, pixels = odd_picture(kind, rng)
-        names = (f"{key}.{suffix}", f"{key}.json")
         made.oddities[ODD[kind]] += 1
         made.odd[key] = (hashlib.sha256(data).hexdigest(), pixels)
     elif kind is None:
         made.good[key] = (hashlib.sha256(data).hexdigest(), pixels)
+    elif kind != "missing member":
+        made.faults[names[kind]] += 1
+    return suffix, data
+
+
+def _add_sample(tar, made, kind, key, keys, rng):
+    record = {"id": key, "conversations": conversation(int(key))}
+    suffix, data = _picture(made, kind, key, IN_SHARDS, rng)
+    names, text = (f"{key}.{suffix}", f"{key}.json"), None
+    if kind is None:
         keys.append(key)
-    else:
-        made.faults[IN_SHARDS[kind]] += 1
-    if kind in BAD_PICTURES:
-        suffix, data = bad_picture(kind, rng)
-        names = (f"{key}.{suffix}", f"{key}.json")
     elif kind == "bad JSON":
         text = bad_json(int(key), rng, line=False)
     elif kind == "wrong type":
@@ -305,15 +292,15 @@ def _add_sample(tar, made, kind, key, keys, rng):
     elif kind == "non-UTF-8":
         names = tuple(f"gr\udcf6\udcdfe-{name}" for name in names)
     elif kind == "path traversal":
-        names = tuple(rng.choice(("../{}", "/tmp/{}", "a/../../{}", "..\\{}")).format(name) for name in names[:1]) * 2
-        names = (names[0], names[0].rpartition(".")[0] + ".json")
+        form = rng.choice(("../{}", "/tmp/{}", "a/../../{}", "..\\{}"))
+        names = tuple(form.format(name) for name in names)
     if isinstance(record, dict):
         record = {"images": [suffix], **record}
     members = list(zip(names, (data, _json(record) if text is None else text), strict=True))
-    if kind == "missing member: picture":
-        del members[0]
-    elif kind == "missing member: record":
-        del members[1]
+    if kind == "missing member":
+        lost = rng.randrange(2)
+        del members[lost]
+        made.faults[("missing-image", "missing-record")[lost]] += 1
     for name, content in members:
         info = tarfile.TarInfo(name)
         info.size = len(content)
@@ -330,8 +317,7 @@ def make_source(folder, *, seed, faults=900, good=500):
     pictures.mkdir(parents=True)
     (folder / "secret.png").write_bytes(_saved(Image.new("RGB", (8, 8)), "PNG"))  # what `../secret.png` leads to
     made = Made(folder)
-    kinds = [None] * good + [kind for kind, count in counts_of(IN_SOURCES, faults).items() for _ in range(count)]
-    rng.shuffle(kinds)
+    kinds = in_any_order(IN_SOURCES, faults, good, rng)
     lines: list[bytes] = []
     for number, kind in enumerate(_after_a_good_one(kinds, "duplicate item")):
         lines.append(_line(made, kind, number, lines, pictures, rng))
@@ -341,18 +327,8 @@ def make_source(folder, *, seed, faults=900, good=500):
 
 def _line(made, kind, number, lines, pictures, rng):
     key = f"{number:06d}"
-    suffix, data, pixels = good_picture(rng)
+    suffix, data = _picture(made, kind, key, IN_SOURCES, rng)
     item = {"id": key, "conversations": conversation(number)}
-    if kind in ODD:
-        suffix, data, pixels = odd_picture(kind, rng)
-        made.oddities[ODD[kind]] += 1
-        made.odd[key] = (hashlib.sha256(data).hexdigest(), pixels)
-    elif kind is None:
-        made.good[key] = (hashlib.sha256(data).hexdigest(), pixels)
-    else:
-        made.faults[IN_SOURCES[kind]] += 1
-    if kind in BAD_PICTURES:
-        suffix, data = bad_picture(kind, rng)
     name = f"{rng.choice(('', 'coco/train/'))}{key}.{suffix}"
     if kind != "missing file":
         (pictures / name).parent.mkdir(parents=True, exist_ok=True)
