@@ -48,8 +48,8 @@ def main(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from visplice.lm.extension import embedded_folder
-    from visplice.train.data.check import HeldOut, check
-    from visplice.train.data.check_shard import TokenCounter
+    from visplice.train.check.check import HeldOut, check
+    from visplice.train.check.shard import TokenCounter
     from visplice.train.data.near_pictures import MAX_DISTANCE
     from visplice.train.data.shards import write_json
     from visplice.train.data.workers import usable_cpus

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from visplice.train.data.sources import Source
+    from visplice.train.convert.sources import Source
 
 _VQA = ("questions", "annotations", "images")
 # The flags that a source needs, and those that it may have.
@@ -117,10 +117,10 @@ def open_source(options: argparse.Namespace) -> tuple[Source, Path | None]:
     """
     from pathlib import Path
 
-    from visplice.train.data.source_captions import coco_source, textcaps_source
-    from visplice.train.data.source_llava import llava_source
-    from visplice.train.data.source_pairs import folder_source, table_source
-    from visplice.train.data.source_vqa import vqa_source
+    from visplice.train.convert.captions import coco_source, textcaps_source
+    from visplice.train.convert.llava import llava_source
+    from visplice.train.convert.pairs import folder_source, table_source
+    from visplice.train.convert.vqa import vqa_source
 
     file = Path(options.json or options.questions or options.table or "")
     images = Path(options.images) if options.images else file.parent if options.table else None
@@ -147,8 +147,8 @@ def main(options: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from visplice.train.data.convert import convert
-    from visplice.train.data.sources import many_objects
+    from visplice.train.convert.convert import convert
+    from visplice.train.convert.sources import many_objects
     from visplice.train.data.workers import usable_cpus
 
     with many_objects():

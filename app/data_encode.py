@@ -46,9 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Runs it; returns the exit status."""
     from visplice.app.device import pick_device, pick_dtype
-    from visplice.train.data.encode import EncodeConfig, encode
-    from visplice.train.data.frozen import frozen_parts
     from visplice.train.data.workers import usable_cpus
+    from visplice.train.features.encode import EncodeConfig, encode
+    from visplice.train.features.frozen import frozen_parts
 
     changes = {
         "model": options.encoder_model,

@@ -15,9 +15,9 @@ from visplice.lm.extension import load_backbones, write_extension
 from visplice.lm.templates import template_for
 from visplice.lm.vision_llama import VisionLlama
 from visplice.projector.mlp import Projector, ProjectorConfig, rms
-from visplice.train.data.features import FeaturePreparer, FeatureSet
-from visplice.train.data.frozen import refuse_other_encoder, refuse_other_lm
 from visplice.train.data.prepare import AlignPreparer, normalised
+from visplice.train.features.features import FeaturePreparer, FeatureSet
+from visplice.train.features.frozen import refuse_other_encoder, refuse_other_lm
 from visplice.train.losses import info_nce, rank_share, retrieval
 from visplice.train.optim import FrozenBackbones, OptimConfig, configure, log_learning_rate
 from visplice.vision.encoder import EncoderConfig

@@ -12,8 +12,8 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from visplice.train.data.features import STAGE, is_feature_folder
 from visplice.train.data.module import ShardData
+from visplice.train.features.features import STAGE, is_feature_folder
 from visplice.train.trainer import loggers, parameter_counts, quiet_lightning
 
 # Short names that mean the same in every verb, and what Lightning calls them.

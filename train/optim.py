@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from visplice.lm.extension import save_extension
 from visplice.lm.vision_llama import VisionLlama
-from visplice.train.data.features import FeatureSet
-from visplice.train.data.frozen import refuse_other_features
+from visplice.train.features.features import FeatureSet
+from visplice.train.features.frozen import refuse_other_features
 
 if TYPE_CHECKING:
     import lightning as L

@@ -97,6 +97,6 @@ def test_dead_worker_is_one_line(folder, monkeypatch, capsys):
         yield from ()
         raise ChildProcessError("worker process 7 was killed (SIGKILL); what is finished is kept for the next run")
 
-    monkeypatch.setattr("visplice.train.data.check.run_tasks", dying)
+    monkeypatch.setattr("visplice.train.check.check.run_tasks", dying)
     assert main(["data", "check", str(folder)]) == 2
     assert capsys.readouterr().err.endswith("visplice: worker process 7 was killed (SIGKILL)\n")

@@ -10,7 +10,7 @@ import pytest
 
 from visplice.app import cli
 from visplice.app.data_curate import add_arguments
-from visplice.train.data.curate import FILTERS
+from visplice.train.curate.curate import FILTERS
 from visplice.train.data.record import Sample
 from visplice.train.data.shards import write_shards
 

@@ -36,11 +36,11 @@ from visplice.lm.config import LlamaConfig
 from visplice.lm.decoder import Llama
 from visplice.lm.extension import embedded_folder
 from visplice.train.align import Align
-from visplice.train.data.encode import EncodeConfig, encode
-from visplice.train.data.feature_files import weigh, write_features
 from visplice.train.data.module import ShardData
 from visplice.train.data.record import Sample
 from visplice.train.data.shards import write_json, write_shards
+from visplice.train.features.encode import EncodeConfig, encode
+from visplice.train.features.files import weigh, write_features
 from visplice.train.optim import OptimConfig
 from visplice.train.trainer import quiet_lightning
 from visplice.vision.encoder import EncoderConfig, VisionEncoder

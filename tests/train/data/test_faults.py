@@ -15,12 +15,12 @@ from PIL import Image
 from visplice.app.cli import main
 from visplice.lm.prompt import PromptBuilder, VisualTokens
 from visplice.lm.templates import template_for
-from visplice.train.data.check import check
-from visplice.train.data.convert import convert
+from visplice.train.check.check import check
+from visplice.train.convert.convert import convert
+from visplice.train.convert.llava import llava_source
 from visplice.train.data.loader import ShardLoader
 from visplice.train.data.prepare import InstructPreparer
 from visplice.train.data.shard_set import ShardSet
-from visplice.train.data.source_llava import llava_source
 from visplice.train.data.tar_index import read_slot, scan_shard
 from visplice.vision.image import open_image
 from visplice.vision.transform import Transform
