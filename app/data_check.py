@@ -15,13 +15,22 @@ def _positive(text: str) -> int:
     return value
 
 
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is less than 0")
+    return value
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments behind the verb."""
     parser.description = "Reads every sample and decodes every picture. Exit status 1 when something is wrong."
     parser.add_argument("folder", metavar="DIR", help="data set, any folder of tar files, or one of those")
     parser.add_argument("--strict", action="store_true", help="what is only odd is wrong, too")
     parser.add_argument("--json", metavar="FILE", help="write the whole report")
-    parser.add_argument("--examples", type=int, default=5, metavar="N", help="shown of each kind (default: 5)")
+    parser.add_argument(
+        "--examples", type=_not_negative, default=5, metavar="N", help="shown of each kind (default: 5)"
+    )
     parser.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one for each CPU)")
     lengths = parser.add_argument_group("lengths")
     lengths.add_argument("--tokenizer", metavar="PATH", help="folder or file (default: that of the embedded model)")

@@ -213,7 +213,7 @@ def _totals(shards: Sequence[ShardFacts], curation: Curation) -> dict[str, Any]:
         "shards": len(shards),
         "bytes": sum(shard.size for shard in shards),
         "samples": sum(shard.slots for shard in shards),
-        "usable": sum(len(shard.samples) for shard in shards),
+        "usable": sum(len(shard.samples) - shard.unfit for shard in shards),
         "pictures": sum(shard.images for shard in shards),
         "text_alone": sum(shard.text_alone for shard in shards),
         "curation": {"filters": curation.describe(), "dropped": sum(shard.dropped for shard in shards)},

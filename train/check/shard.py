@@ -57,7 +57,8 @@ class ShardFacts:
     text_alone: int = 0
     size: int = 0  # bytes
     keys: list[str] = field(default_factory=list)
-    samples: list[Facts] = field(default_factory=list)  # that can be used
+    samples: list[Facts] = field(default_factory=list)  # that can be read
+    unfit: int = 0  # of those, which training cannot use all the same
     contents: list[bytes] = field(default_factory=list)  # for each of those, pictures and text in one digest
     findings: list[Finding] = field(default_factory=list)
     caption_tokens: Counter[int] = field(default_factory=Counter)
@@ -100,20 +101,16 @@ class TokenCounter:
             raise Fault("no-tokens", "a caption of which the tokenizer leaves nothing")
         return length
 
-    def conversation(self, sample: Sample) -> tuple[int, bool]:
-        """Positions of a conversation with its pictures, and whether training keeps only its first turns.
+    def conversation(self, sample: Sample) -> tuple[int, int]:
+        """Positions of a conversation with its pictures, and of its first turn alone.
 
         Raises:
-            Fault: `too-long`, not even the first turn fits. `turn-order`, the template writes no such conversation.
+            Fault: `turn-order`, the template writes no such conversation.
         """
         messages = llava_messages(sample)
         length = self._length(messages)
-        if self.max_length is None or length <= self.max_length:
-            return length, False
-        first = self._length(messages[:2])
-        if first > self.max_length:
-            raise Fault("too-long", f"{first} positions for its first turn, more than {self.max_length}")
-        return length, True
+        fits = self.max_length is None or length <= self.max_length or len(messages) <= 2
+        return length, length if fits else self._length(messages[:2])
 
     def _length(self, messages: list[dict[str, Any]]) -> int:
         try:
@@ -181,7 +178,8 @@ class ShardChecker:
             if self.hashes:
                 hashes.append(picture_hash(image))
         if self.counter is not None:
-            odd += self._count_tokens(sample, facts, self.counter)
+            odd += _count_tokens(sample, facts, self.counter)
+            facts.unfit += any(name == "too-long" for name, _ in odd)
         facts.images += len(sample.images)
         facts.text_alone += not sample.images
         facts.findings += [Finding(name, facts.name, sample.key, message) for name, message in odd]
@@ -198,14 +196,18 @@ class ShardChecker:
             ),
         )
 
-    def _count_tokens(self, sample: Sample, facts: ShardFacts, counter: TokenCounter) -> Iterator[tuple[str, str]]:
-        captions = [counter.caption(text) for text in sample.record.get("captions") or ()]
-        if sample.record.get("conversations"):
-            positions, cut = counter.conversation(sample)
-            facts.conversation_positions[positions] += 1
-            if cut:
-                yield LONGER, f"{positions} positions, more than {counter.max_length}; training drops the last turns"
-        facts.caption_tokens.update(captions)
+
+def _count_tokens(sample: Sample, facts: ShardFacts, counter: TokenCounter) -> Iterator[tuple[str, str]]:
+    """Adds the lengths of a sample, and names what training cannot use of it."""
+    captions = [counter.caption(text) for text in sample.record.get("captions") or ()]
+    if sample.record.get("conversations"):
+        positions, of_first = counter.conversation(sample)
+        facts.conversation_positions[positions] += 1
+        if counter.max_length is not None and of_first > counter.max_length:
+            yield "too-long", f"{of_first} positions for its first turn, more than {counter.max_length}"
+        elif counter.max_length is not None and positions > counter.max_length:
+            yield LONGER, f"{positions} positions, more than {counter.max_length}; training drops the last turns"
+    facts.caption_tokens.update(captions)
 
 
 def _content(sample: Sample) -> bytes:

@@ -295,6 +295,7 @@ def test_what_is_too_long_is_a_problem_or_a_note(tmp_path, counter):
     assert counts(report) == {"too-long": 1, "cut-turns": 1}
     assert places(report, "cut-turns") == [("shard-000000.tar", "s001")] and report["usable"] == 2
     assert places(report, "too-long") == [("shard-000000.tar", "s002")]
+    assert sum(report["tokens"]["conversations"].values()) == 3  # the lengths are those of all
 
 
 def test_other_tokenizer_or_template_is_checked_first(tmp_path):
