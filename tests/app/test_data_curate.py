@@ -92,7 +92,7 @@ def test_every_filter_has_a_command_with_all_its_options():
     parsers = filter_parsers()
     assert list(parsers) and set(parsers) == set(FILTERS)
     for name, (module, kind) in FILTERS.items():
-        options = inspect.signature(getattr(__import__(f"visplice.train.data.{module}", fromlist=[kind]), kind))
+        options = inspect.signature(getattr(__import__(f"visplice.train.curate.{module}", fromlist=[kind]), kind))
         given = {action.dest for action in parsers[name]._actions} - {"help", "dry_run", "report", "workers"}
         assert given == set(options.parameters), name
 
@@ -101,7 +101,7 @@ def test_help_states_the_defaults_that_the_filters_have():
     stated = 0
     for name, parser in filter_parsers().items():
         module, kind = FILTERS[name]
-        fields = dataclasses.fields(getattr(__import__(f"visplice.train.data.{module}", fromlist=[kind]), kind))
+        fields = dataclasses.fields(getattr(__import__(f"visplice.train.curate.{module}", fromlist=[kind]), kind))
         defaults = {field.name: field.default for field in fields}
         for action in parser._actions:
             said = re.search(r"default: ([^)]*)", action.help or "")
