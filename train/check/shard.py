@@ -149,19 +149,20 @@ class ShardChecker:
                 if slot.fault is None and slot.key in dropped:
                     facts.dropped += 1
                 else:
-                    self._check(file.fileno(), slot, facts, task.source)
+                    self._check(file.fileno(), slot, facts, task)
         if task.stated is not None:
             _compare(task, facts)
         return facts
 
-    def _check(self, descriptor: int, slot: Slot, facts: ShardFacts, source: dict[str, Any]) -> None:
+    def _check(self, descriptor: int, slot: Slot, facts: ShardFacts, task: ShardTask) -> None:
         if slot.members:
             facts.keys.append(slot.key)
         try:
             sample = self.curation.apply(facts.name, read_slot(descriptor, slot))
-            found = self._facts(sample, facts, source)
+            found = self._facts(sample, facts, task.source)
         except Fault as fault:
-            facts.findings.append(Finding(fault.name, facts.name, slot.key, str(fault)))
+            message = str(fault).removeprefix(f"{task.file}: ")  # the shard is named already
+            facts.findings.append(Finding(fault.name, facts.name, slot.key, message))
         else:
             facts.samples.append(found)
             facts.contents.append(_content(sample))
