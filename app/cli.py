@@ -9,6 +9,13 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 _MODULES = {"import": "importing"}  # where a verb is no name for a module
+_DATA_JOBS = {
+    "convert": "published files and folders of images to shards",
+    "merge": "one manifest for shards that several machines made",
+    "check": "what is wrong with a data set",
+    "curate": "leave out or clean samples, and undo it",
+    "encode": "frozen features once, to train on them without the encoder",
+}
 _STAGES = {"align": "stage 1: align pictures with captions", "instruct": "stage 2: instruction tuning"}
 
 
@@ -103,6 +110,11 @@ def build_parser() -> argparse.ArgumentParser:
     for stage, text in _STAGES.items():
         verbs.add_parser(stage, help=f"{text} (fit or validate; --help lists all)", add_help=False)
 
+    data = verbs.add_parser("data", help="published files to shards, and what is to be known and done about them")
+    jobs = data.add_subparsers(dest="job", metavar="JOB", required=True)
+    for job, text in _DATA_JOBS.items():
+        import_module(f"visplice.app.data_{job}").add_arguments(jobs.add_parser(job, help=text))
+
     verbs.add_parser("doctor", help="versions, devices, what is missing")
     return parser
 
@@ -130,9 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.verb is None:
             parser.print_help()
             return 2
-        verb: Callable[[argparse.Namespace], int] = import_module(
-            f"visplice.app.{_MODULES.get(options.verb, options.verb)}"
-        ).main
+        module = f"data_{options.job}" if options.verb == "data" else _MODULES.get(options.verb, options.verb)
+        verb: Callable[[argparse.Namespace], int] = import_module(f"visplice.app.{module}").main
         return verb(options)
     except KeyboardInterrupt:
         print("\nvisplice: interrupted", file=sys.stderr)

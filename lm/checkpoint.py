@@ -66,6 +66,28 @@ class Checkpoint:
         table = next(entry for entry in self.entries if "tok_embeddings.weight" in entry.weights)
         return self.store.dtype(table.stored)
 
+    def embeddings(self) -> Tensor:
+        """The embedding table `[V, D]` as it is stored, memory-mapped where the files allow it."""
+        entry = next(entry for entry in self.entries if entry.weights == ("tok_embeddings.weight",))
+        return self.read(entry)[0]
+
+    def fingerprint(self) -> str:
+        """The fingerprint that the decoder has once it is loaded, without loading it: few pages of a mapped file.
+
+        Weights that are stored in another arrangement (Meta's slices and rotary pairs) are read whole, one at a time.
+        """
+        fingerprint = Fingerprint()
+        for entry in self.entries:
+            for name, stored in zip(entry.weights, self.read(entry), strict=True):
+                self.add_to(fingerprint, name, stored)
+        return fingerprint.hexdigest()
+
+    def add_to(self, fingerprint: Fingerprint, name: str, stored: Tensor) -> None:
+        """Adds a weight under every name that it has in `state_dict()`: a tied table has two."""
+        fingerprint.add(name, stored)
+        if name == "tok_embeddings.weight" and self.config.tie_embeddings:
+            fingerprint.add("output.weight", stored)
+
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
         """Shapes of all weights, by the config."""
@@ -190,9 +212,7 @@ def load_llama(
     fingerprint = Fingerprint()
     for entry in checkpoint.entries:
         for name, stored in zip(entry.weights, checkpoint.read(entry, dtype=dtype), strict=True):
-            fingerprint.add(name, stored)
-            if name == "tok_embeddings.weight" and checkpoint.config.tie_embeddings:
-                fingerprint.add("output.weight", stored)  # state_dict() has the tied table under both names
+            checkpoint.add_to(fingerprint, name, stored)
             owner, _, leaf = name.rpartition(".")
             weight = stored.to(device=device, dtype=dtype).contiguous()
             setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
@@ -204,9 +224,7 @@ def load_llama(
 
 def read_embeddings(source: str | Path, *, dtype: torch.dtype | None = None) -> Tensor:
     """The embedding table `[V, D]` alone; no other tensor is read."""
-    checkpoint = open_checkpoint(source, text_layers_only=True)
-    entry = next(entry for entry in checkpoint.entries if entry.weights == ("tok_embeddings.weight",))
-    (table,) = checkpoint.read(entry)
+    table = open_checkpoint(source, text_layers_only=True).embeddings()
     return table.to(dtype or table.dtype)
 
 

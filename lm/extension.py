@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -47,18 +48,46 @@ def load_backbones(
     """Encoder, decoder and tokenizer; `lm` is a folder, a hub name, or 'embedded'."""
     folder = resolve(lm_folder(lm))
     llama = load_llama(folder, dtype=dtype, device=device)
-    tokenizer = Tokenizer.from_pretrained(folder)
-    if tokenizer.vocab_size > llama.config.vocab_size:
-        raise ValueError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the decoder only {llama.config.vocab_size} rows"
-        )
+    tokenizer = load_tokenizer(folder, llama.config.vocab_size)
     vision = VisionEncoder(encoder)
     vision.vit.fingerprint = fingerprint(vision.vit)  # before the cast, which rounds
     return vision.to(device=device, dtype=dtype), llama, tokenizer
 
 
+def load_tokenizer(folder: str | Path, rows: int) -> Tokenizer:
+    """The tokenizer of a decoder whose embedding table has that many rows.
+
+    Raises:
+        ValueError: there is none, or it has more ids than rows.
+    """
+    tokenizer = Tokenizer.from_pretrained(folder)
+    if tokenizer.vocab_size > rows:
+        raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the decoder only {rows} rows")
+    return tokenizer
+
+
 def save_extension(model: VisionLlama, folder: str | Path, *, lm: str) -> None:
-    """Writes the extension folder; `lm` is what will be opened as the decoder: a folder, or 'embedded'.
+    """Writes the extension folder; `lm` is what will be opened as the decoder: a folder, or 'embedded'."""
+    write_extension(
+        folder,
+        model.projector,
+        encoder=model.encoder.config,
+        lm=lm,
+        template=model.prompts.template.name,
+        fingerprints={"encoder": fingerprint(model.encoder.vit), "lm": fingerprint(model.lm)},
+    )
+
+
+def write_extension(
+    folder: str | Path,
+    projector: Projector,
+    *,
+    encoder: EncoderConfig,
+    lm: str,
+    template: str,
+    fingerprints: Mapping[str, str],
+) -> None:
+    """Writes the extension folder of a projector whose backbones need not be in memory; `fingerprints` are theirs.
 
     Each file is written beside its place and renamed, so a crash leaves the old one or the new one.
     """
@@ -66,13 +95,13 @@ def save_extension(model: VisionLlama, folder: str | Path, *, lm: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "format": FORMAT,
-        "encoder": model.encoder.config.to_dict(),
-        "projector": vars(model.projector.config),
+        "encoder": encoder.to_dict(),
+        "projector": vars(projector.config),
         "lm": lm,
-        "template": model.prompts.template.name,
-        "fingerprint": {"encoder": fingerprint(model.encoder.vit), "lm": fingerprint(model.lm)},
+        "template": template,
+        "fingerprint": dict(fingerprints),
     }
-    state = {name: tensor.detach().cpu().float().contiguous() for name, tensor in model.projector.state_dict().items()}
+    state = {name: tensor.detach().cpu().float().contiguous() for name, tensor in projector.state_dict().items()}
     partial = folder / "projector.safetensors.partial"
     try:
         save_file(state, str(partial), metadata={"format": "pt"})

@@ -9,10 +9,16 @@ the Llama 3.1 and Llama 4 checkpoints, from which the tool formats are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
-from visplice.lm.tokenizer import Tokenizer
+
+class HasControls(Protocol):
+    """A tokenizer, or what was noted down of one."""
+
+    @property
+    def controls(self) -> Collection[str]: ...
 
 
 @dataclass(frozen=True)
@@ -202,7 +208,7 @@ def template_named(name: str) -> Template:
     return TEMPLATES[name]
 
 
-def check_controls(tokenizer: Tokenizer, template: Template, *, with_tools: bool = False) -> None:
+def check_controls(tokenizer: HasControls, template: Template, *, with_tools: bool = False) -> None:
     """ValueError that names template and tokens when the tokenizer lacks control tokens of the template."""
     if missing := [token for token in template.controls(with_tools=with_tools) if token not in tokenizer.controls]:
         lacking = ", ".join(map(repr, missing))
@@ -212,7 +218,7 @@ def check_controls(tokenizer: Tokenizer, template: Template, *, with_tools: bool
         )
 
 
-def template_for(tokenizer: Tokenizer, name: str | None = None, *, default: str | None = None) -> Template:
+def template_for(tokenizer: HasControls, name: str | None = None, *, default: str | None = None) -> Template:
     """The template of a tokenizer's family.
 
     Args:

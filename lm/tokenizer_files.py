@@ -37,20 +37,29 @@ class TokenizerFile(Protocol):
     def token_bytes(self, token: int) -> bytes: ...
 
 
+def find_tokenizer(path: Path) -> Path:
+    """The tokenizer file at `path`, which is that file or a model folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if path.is_dir():
+        found = [path / name for name in _IN_FOLDER if (path / name).is_file()]
+        if not found:
+            raise ValueError(f"{path}: no tokenizer in this folder; looked for {', '.join(_IN_FOLDER)}")
+        return found[0]
+    if not path.is_file():
+        raise ValueError(f"{path}: no such tokenizer file; a model folder holds a tokenizer.json or a tokenizer.model")
+    return path
+
+
 def open_tokenizer(path: Path) -> TokenizerFile:
     """Opens a tokenizer file, or the one in a model folder.
 
     Raises:
         ValueError: there is none, it is of no known kind or not whole, or the files beside it contradict it.
     """
-    file = path
-    if path.is_dir():
-        found = [path / name for name in _IN_FOLDER if (path / name).is_file()]
-        if not found:
-            raise ValueError(f"{path}: no tokenizer in this folder; looked for {', '.join(_IN_FOLDER)}")
-        file = found[0]
-    elif not path.is_file():
-        raise ValueError(f"{path}: no such tokenizer file; a model folder holds a tokenizer.json or a tokenizer.model")
+    file = find_tokenizer(path)
     with file.open("rb") as stream:
         head = stream.read(1024)
     if not head.strip():

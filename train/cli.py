@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from visplice.lm.extension import save_extension
 from visplice.train.data.module import ShardData
+from visplice.train.features.features import STAGE, is_feature_folder
 from visplice.train.trainer import loggers, parameter_counts, quiet_lightning
 
 # Short names that mean the same in every verb, and what Lightning calls them.
@@ -29,6 +32,13 @@ class StageCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--out", type=str, required=True, help="Folder for logs, checkpoints and the extension.")
 
+    def before_instantiate_classes(self) -> None:
+        """Features bring their own model: the projector alone."""
+        config = self.config[self.config.subcommand]
+        if "features" in config.model and config.model.features is None:
+            sets = [config.data.path] if config.data.path else list(config.data.mixture or ())
+            config.model.features = next(filter(is_feature_folder, sets), None)
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         out = self._get(self.config, "out")  # no link_arguments: jsonargparse checks a link before `out` has a value
         for name in ("logger", "default_root_dir"):
@@ -42,7 +52,7 @@ class StageCLI(LightningCLI):
 
     def after_fit(self) -> None:
         if self.trainer.is_global_zero and not self.trainer.interrupted:
-            save_extension(self.model.model, self._get(self.config, "out"), lm=self.model.lm_source)
+            self.model.save(self._get(self.config, "out"))
             print(f"wrote {Path(self._get(self.config, 'out')) / 'visplice.json'}")
 
 
@@ -70,6 +80,29 @@ def _split(argument: str) -> list[str]:
     return [name, value] if equals and name in _ALIASES else [argument]
 
 
+def _configs(stage: str, arguments: list[str]) -> list[str]:
+    """The defaults of a stage: the shipped YAML, and for a folder of features the encoder and LLaMA that made them."""
+    shipped = str(files("visplice.train") / "configs" / f"{stage}.yaml")
+    folders = filter(is_feature_folder, _data_paths(arguments) if stage == "align" else [])
+    return [shipped, *(str(Path(folder) / STAGE) for folder in itertools.islice(folders, 1))]
+
+
+def _data_paths(arguments: list[str]) -> list[str]:
+    """What the arguments, and the files behind `--config`, name as training data, the last first."""
+    parts = [part for argument in arguments for part in argument.split("=", 1)]
+    found: list[Any] = []
+    for name, value in itertools.pairwise(parts):
+        with contextlib.suppress(OSError, yaml.YAMLError, TypeError, KeyError):  # for LightningCLI to complain of
+            if name == "--data.path":
+                found.append(value)
+            elif name == "--data.mixture":
+                found += yaml.safe_load(value)
+            elif name in ("--config", "-c"):
+                data = yaml.safe_load(Path(value).read_text())["data"]
+                found += [data["path"]] if data.get("path") else data["mixture"]
+    return [str(path) for path in reversed(found)]
+
+
 def run(stage: str, arguments: list[str]) -> None:
     """Runs `align` or `instruct` with the arguments behind the verb; the shipped config is the default.
 
@@ -82,7 +115,8 @@ def run(stage: str, arguments: list[str]) -> None:
         from visplice.train.align import Align as module
     else:
         from visplice.train.instruct import Instruct as module
-    config = str(files("visplice.train") / "configs" / f"{stage}.yaml")
+    words = translate(arguments)
+    configs = _configs(stage, words)
     try:
         StageCLI(
             module,
@@ -90,10 +124,10 @@ def run(stage: str, arguments: list[str]) -> None:
             seed_everything_default=0,
             parser_kwargs={
                 "prog": f"visplice {stage}",
-                **{name: {"default_config_files": [config]} for name in ("fit", "validate")},
+                **{name: {"default_config_files": configs} for name in ("fit", "validate")},
             },
             save_config_kwargs={"overwrite": True},
-            args=translate(arguments),
+            args=words,
         )
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error

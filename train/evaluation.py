@@ -110,7 +110,7 @@ def most_frequent_answers(shards: Sequence[Path], vqa: VqaSet) -> dict[int, str]
     A text that training never asked gets the overall most frequent answer.
     """
     counts: dict[str, Counter[str]] = {}
-    for sample in read_samples([str(shard) for shard in shards], shuffle_seed=None):
+    for sample in read_samples(shards):
         turns = sample.record["conversations"]
         for human, gpt in zip(turns[::2], turns[1::2], strict=True):
             text = human["value"].replace("<image>", "").strip()

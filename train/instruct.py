@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor
 
 from visplice.lm.extension import load_backbones, load_trained_projector, read_extension
 from visplice.lm.templates import template_for
 from visplice.lm.vision_llama import VisionLlama
 from visplice.projector.mlp import Projector, ProjectorConfig, rms
-from visplice.train.data.prepare import InstructPreparer
-from visplice.train.losses import answer_loss
+from visplice.train.data.prepare import InstructPreparer, normalised
+from visplice.train.losses import answer_loss, rank_share
 from visplice.train.optim import FrozenBackbones, OptimConfig, configure, log_learning_rate
 from visplice.vision.encoder import EncoderConfig
 
@@ -62,35 +63,46 @@ class Instruct(FrozenBackbones, L.LightningModule):
         )
 
     def _loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        if not self.preparer.supervised(batch):
+        if not self.preparer.num_supervised(batch):
             raise ValueError(f"no supervised token in the batch of samples {', '.join(batch['keys'])}")
-        embeddings = self.model.embed(batch["ids"], self.model.features(batch["pixels"]))
+        embeddings = self.model.embed(batch["ids"], self._features(batch))
         # Padding stands on the right, where no real position looks, so plain causal attention is right.
         return answer_loss(self.model.lm, self.model.lm.hidden(embeddings), batch["labels"])
+
+    def _features(self, batch: dict[str, Any]) -> Tensor:
+        return self.model.features(normalised(batch["pixels"].to(self.device), self.model.encoder.transform))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._calibrated = True  # the projector that is resumed with was, when its run began
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if self._calibrated:
             return
-        pixels = next(iter(self.trainer.datamodule.train_dataloader()))["pixels"]  # type: ignore[attr-defined]
-        if len(pixels):
-            features = self.model.features(pixels.to(self.device))
-            self.model.projector.calibrate(features, rms(self.model.lm.tok_embeddings.weight))
+        batch = self.trainer.datamodule.peek()  # type: ignore[attr-defined]
+        if len(batch["pixels"]):
+            self.model.projector.calibrate(self._features(batch), rms(self.model.lm.tok_embeddings.weight))
 
     def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
+        # A batch of text alone, or of nothing, reaches no projector weight; every rank has to, or the others wait.
+        untouched = 0.0 * torch.stack([p.sum() for p in self.model.projector.parameters()]).sum()
+        size = len(batch["keys"])
+        share = rank_share(self.preparer.num_supervised(batch), self.device)
+        if not size:
+            return untouched
         loss, right = self._loss(batch)
         self.check_finite(loss, batch["keys"])
-        size = len(batch["keys"])
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         self.log("train/token_accuracy", right, prog_bar=True, batch_size=size)
         self.log("train/dropped_turns", float(batch["dropped_turns"]), batch_size=size, reduce_fx="sum")
         log_learning_rate(self)
-        # A batch of text alone reaches no projector weight; every rank has to, or the others wait for it.
-        return loss + 0.0 * sum(p.sum() for p in self.model.projector.parameters())
+        return share * loss + untouched
 
     def validation_step(self, batch: dict[str, Any], _: int) -> None:
-        loss, right = self._loss(batch)
         size = len(batch["keys"])
+        if not size:
+            return
+        loss, right = self._loss(batch)
         self.log("val/loss", loss, prog_bar=True, batch_size=size)
         self.log("val/token_accuracy", right, prog_bar=True, batch_size=size)
 

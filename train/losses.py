@@ -1,6 +1,7 @@
 """The two training objectives."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -36,6 +37,18 @@ def answer_loss(lm: Llama, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     logits = lm.logits(hidden[:, :-1][rows]).float()  # [N, V]
     wanted = targets[rows]
     return F.cross_entropy(logits, wanted), (logits.argmax(-1) == wanted).float().mean()
+
+
+def rank_share(count: int, device: torch.device) -> float:
+    """What a rank's mean over `count` items is multiplied by, so that DDP's mean over ranks is that over all items.
+
+    All ranks call it together. A short batch counts for no more than what is in it, an empty one for nothing.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return 1.0
+    total = torch.tensor(float(count), device=device)
+    dist.all_reduce(total)
+    return count * dist.get_world_size() / max(1.0, total.item())
 
 
 def retrieval(image: Tensor, text: Tensor, k: int) -> float:

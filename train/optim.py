@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from visplice.lm.extension import save_extension
 from visplice.lm.vision_llama import VisionLlama
+from visplice.train.features.features import FeatureSet
+from visplice.train.features.frozen import refuse_other_features
 
 if TYPE_CHECKING:
     import lightning as L
@@ -74,11 +78,27 @@ def checksum(module: nn.Module) -> str:
 class FrozenBackbones:
     """Mixed into the Lightning modules: frozen parts must end as they began, and are kept out of checkpoints."""
 
-    model: VisionLlama
+    model: Any  # VisionLlama, or the projector alone
+    lm_source: str
+    features: FeatureSet | None = None  # what takes the place of the backbones
+    trainer: Any
     strict_loading = False  # a checkpoint holds the trainable weights alone
 
     def _backbones(self) -> dict[str, nn.Module]:
+        """The frozen parts that are in memory: none where the data holds their features."""
+        if not isinstance(self.model, VisionLlama):
+            return {}
         return {"encoder": self.model.encoder, "decoder": self.model.lm}
+
+    def setup(self, stage: str) -> None:
+        """Refuses data of the other kind, and features of other backbones."""
+        if self.trainer.datamodule is not None:
+            for source in self.trainer.datamodule.sources():
+                refuse_other_features(source, self.features)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the extension folder."""
+        save_extension(self.model, folder, lm=self.lm_source)
 
     def on_fit_start(self) -> None:
         self._checksums = {name: checksum(part) for name, part in self._backbones().items()}

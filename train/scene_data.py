@@ -14,7 +14,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from visplice.train import scene_words, scenes
-from visplice.train.data.shards import SCHEMA, Sample, read_manifest, write_json, write_shards
+from visplice.train.data.record import SCHEMA, Sample
+from visplice.train.data.shards import read_manifest, write_json, write_shards
 
 QUESTIONS_FILE = "v2_OpenEnded_scenes_test_questions.json"
 ANNOTATIONS_FILE = "v2_scenes_test_annotations.json"
@@ -47,16 +48,18 @@ def training_samples(count: int, seed: int, questions: int) -> Iterator[Sample]:
             conversations.append({"from": "human", "value": mark + question})
             conversations.append({"from": "gpt", "value": answer})
         record = {"captions": [scene_words.caption(scene)], "conversations": conversations}
-        yield Sample(key=f"scene{index:06d}", image=_png(scenes.render(scene, rng)), record=record)
+        yield Sample(key=f"scene{index:06d}", images=(("png", _png(scenes.render(scene, rng))),), record=record)
 
 
 def write_training(folder: Path, *, count: int, seed: int, questions: int = 6) -> bool:
     """Writes the training shards unless they are there, whole and made the same way; says whether it wrote."""
     source = {"name": "scenes", "split": scenes.TRAIN, "count": count, "seed": seed, "questions": questions}
     try:
-        if read_manifest(folder)["source"] == source:
+        manifest = read_manifest(folder)
+        whole = all((folder / shard["name"]).stat().st_size == shard["bytes"] for shard in manifest["shards"])
+        if whole and manifest["source"] == source:
             return False
-    except ValueError:
+    except (ValueError, FileNotFoundError):
         pass
     write_shards(training_samples(count, seed, questions), folder, source=source)
     return True

@@ -11,19 +11,16 @@ import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from visplice.lm.extension import save_extension
-from visplice.lm.vision_llama import VisionLlama
-
 
 def loggers(out: str | Path) -> list[Any]:
     """`logs/metrics.csv` and TensorBoard events below `out`."""
     return [CSVLogger(str(out), name="logs", version=""), TensorBoardLogger(str(out), name="logs", version="")]
 
 
-def parameter_counts(model: VisionLlama) -> tuple[int, int]:
-    """Trainable (projector and sentinels) and frozen parameters."""
-    frozen = sum(p.numel() for part in (model.encoder, model.lm) for p in part.parameters())
-    return sum(p.numel() for p in model.projector.parameters()), frozen
+def parameter_counts(model: Any) -> tuple[int, int]:
+    """Trainable parameters (projector and sentinels), and frozen ones as far as they are in memory."""
+    trainable = sum(p.numel() for p in model.projector.parameters())
+    return trainable, sum(p.numel() for p in model.parameters()) - trainable
 
 
 def fit(
@@ -58,7 +55,7 @@ def fit(
     trainer.fit(module, data)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    save_extension(module.model, out, lm=module.lm_source)
+    module.save(out)
 
 
 class StepProgressBar(TQDMProgressBar):

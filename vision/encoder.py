@@ -135,6 +135,10 @@ class VisionEncoder(nn.Module):
         patches, prefix = taps[0]
         return torch.cat([prefix[:, :1], patches], dim=1)
 
+    def pooled(self, features: Tensor) -> Tensor:
+        """One vector per picture `[B, D]` out of its features: CLS, or the mean of the patches where there is none."""
+        return features[:, 0] if self.has_cls else features.mean(1)
+
 
 def _load_strictly(model: nn.Module, file: Path) -> None:
     try:

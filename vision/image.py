@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -31,7 +31,19 @@ Source = str | Path | bytes | BinaryIO | Image.Image  # whatever a picture can b
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used; the message names it and says why."""
+    """A picture that cannot be used; the message names it and says why.
+
+    Attributes:
+        kind: "unreadable-file" (missing, a folder, not permitted), "empty-file", "not-an-image", "too-many-pixels" or
+            "damaged-image".
+    """
+
+    def __init__(self, message: str, kind: str = "damaged-image") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[Any, ...]:  # it comes back from worker processes, and has two arguments
+        return ImageError, (str(self), self.kind)
 
 
 def open_image(source: Source) -> Image.Image:
@@ -62,11 +74,12 @@ def open_image(source: Source) -> Image.Image:
             with open(source, "rb") as file:
                 return _open_stream(file, str(source))
         except FileNotFoundError as error:
-            raise ImageError(f"{source}: there is no such file; check the path") from error
+            raise ImageError(f"{source}: there is no such file; check the path", "unreadable-file") from error
         except IsADirectoryError as error:
-            raise ImageError(f"{source} is a folder; give the path of one image file") from error
+            raise ImageError(f"{source} is a folder; give the path of one image file", "unreadable-file") from error
         except OSError as error:
-            raise ImageError(f"{source} cannot be read ({error.strerror}); check path and permissions") from error
+            message = f"{source} cannot be read ({error.strerror}); check path and permissions"
+            raise ImageError(message, "unreadable-file") from error
 
 
 def _open_stream(file: BinaryIO, name: str) -> Image.Image:
@@ -74,16 +87,18 @@ def _open_stream(file: BinaryIO, name: str) -> Image.Image:
         file = io.BytesIO(file.read())
     # Pillow says the same of an empty file as of one that is no picture.
     if file.seek(0, io.SEEK_END) == 0:
-        raise ImageError(f"{name} is empty; the download or copy may have failed")
+        raise ImageError(f"{name} is empty; the download or copy may have failed", "empty-file")
     try:
         with Image.open(file, formats=FORMATS) as image:
             return _decode(image, name)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not an image in a known format; use one of {', '.join(FORMATS)}") from error
+        message = f"{name} is not an image in a known format; use one of {', '.join(FORMATS)}"
+        raise ImageError(message, "not-an-image") from error
     except Image.DecompressionBombError as error:  # Pillow's own limit, at 179 million
-        raise ImageError(f"{name} has too many pixels, at most {MAX_PIXELS:,} are read; scale it down first") from error
+        message = f"{name} has too many pixels, at most {MAX_PIXELS:,} are read; scale it down first"
+        raise ImageError(message, "too-many-pixels") from error
     except Exception as error:  # decoders raise nearly anything at bytes they did not expect
         raise _damaged(name, error) from error
 
@@ -95,14 +110,15 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     if width * height > MAX_PIXELS:
         raise ImageError(
             f"{name} is {width} x {height} = {width * height:,} pixels, at most {MAX_PIXELS:,} are read; "
-            "scale it down first"
+            "scale it down first",
+            "too-many-pixels",
         )
     try:
         image.load()
     except Exception as error:
         raise _damaged(name, error) from error
     # Read after loading: a TIFF is turned by Pillow as it loads, and then has no orientation any more.
-    turn = _UPRIGHT.get(_orientation(image))
+    turn = _UPRIGHT.get(orientation(image))
     image = _to_rgb(image)
     if turn is not None:
         image = image.transpose(turn)
@@ -114,7 +130,8 @@ def _damaged(name: str, error: Exception) -> ImageError:
     return ImageError(f"{name} is cut off or damaged ({error or type(error).__name__}); get a complete copy")
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) where there is none."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # broken metadata does not make a broken picture; viewers show it as stored

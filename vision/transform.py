@@ -13,8 +13,8 @@ RESIZE_MODES = ("crop", "pad", "squash")
 
 # A picture one pixel wide would be blown up to gigabytes on its way to a small square. Beyond these bounds, which few
 # photographs reach, it is cut or shrunk first; within them the arithmetic is that of the reference.
-_MAX_ASPECT = 32  # crop: long side to short side
-_MAX_SIDE = 10_000  # pad: side of the square before it is shrunk, pixels
+MAX_ASPECT = 32  # crop: long side to short side
+MAX_SIDE = 10_000  # pad: side of the square before it is shrunk, pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,21 +42,42 @@ class Transform:
             raise ValueError(f"mean is {self.mean} and std {self.std}; each needs three numbers, std above zero")
 
     def __call__(self, image: Image.Image) -> Tensor:
+        return self.normalise(self.pixels(image))
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """The resized square before it is normalised: uint8 [3, image_size, image_size], contiguous.
+
+        Raises:
+            ValueError: the image is not RGB.
+        """
         if image.mode != "RGB":
             raise ValueError(f"the image is of mode {image.mode}, not RGB; visplice.vision.image.open_image gives RGB")
         if image.size != (self.image_size, self.image_size):
             resize = {"crop": self._crop, "pad": self._pad, "squash": self._squash}[self.resize]
             image = resize(image)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+    def normalise(self, pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(pixels / 255 - mean) / std per channel, on the device of the pixels, as a new contiguous tensor.
+
+        Args:
+            pixels: uint8 [..., 3, H, W].
+            dtype: of the result; the arithmetic is float32 and is rounded once.
+        Raises:
+            ValueError: the pixels are not uint8, or not of three channels.
+        """
+        if pixels.dtype != torch.uint8 or pixels.ndim < 3 or pixels.shape[-3] != 3:
+            raise ValueError(f"pixels are {pixels.dtype} {list(pixels.shape)}; expected torch.uint8 [..., 3, H, W]")
         scale = 1 / (255 * torch.tensor(self.std).view(3, 1, 1))
         offset = (torch.tensor(self.mean) / torch.tensor(self.std)).view(3, 1, 1)
-        return pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(scale).sub_(offset)
+        result = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        return result.mul_(scale.to(pixels.device)).sub_(offset.to(pixels.device)).to(dtype)
 
     def _crop(self, image: Image.Image) -> Image.Image:
         short, long = sorted(image.size)
-        if long > _MAX_ASPECT * short:
-            image = _centre(image, min(image.width, _MAX_ASPECT * short), min(image.height, _MAX_ASPECT * short))
-            long = _MAX_ASPECT * short
+        if long > MAX_ASPECT * short:
+            image = _centre(image, min(image.width, MAX_ASPECT * short), min(image.height, MAX_ASPECT * short))
+            long = MAX_ASPECT * short
         size = self.image_size
         long = int(size * long / short)
         image = image.resize((size, long) if image.width <= image.height else (long, size), Image.Resampling.BICUBIC)
@@ -64,9 +85,9 @@ class Transform:
 
     def _pad(self, image: Image.Image) -> Image.Image:
         side = max(image.size)
-        if side > _MAX_SIDE:
-            width, height = (max(1, round(length * _MAX_SIDE / side)) for length in image.size)
-            image, side = image.resize((width, height), Image.Resampling.BICUBIC), _MAX_SIDE
+        if side > MAX_SIDE:
+            width, height = (max(1, round(length * MAX_SIDE / side)) for length in image.size)
+            image, side = image.resize((width, height), Image.Resampling.BICUBIC), MAX_SIDE
         square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in self.mean))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return self._squash(square)

@@ -9,7 +9,8 @@ from visplice.lm.extension import EMBEDDED, load_backbones
 from visplice.lm.prompt import TURNS
 from visplice.lm.vision_llama import VisionLlama
 from visplice.projector.mlp import Projector, ProjectorConfig, rms
-from visplice.train.data.shards import Sample, write_shards
+from visplice.train.data.record import Sample
+from visplice.train.data.shards import write_shards
 from visplice.train.evaluation import (
     VqaSet,
     answer_with_images,
@@ -101,7 +102,7 @@ def test_most_frequent_answers_by_hand(tmp_path):
         conversation = []
         for question, answer in turns:
             conversation += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        return Sample(key=key, image=None, record={"conversations": conversation})
+        return Sample(key=key, images=(("png", b""),), record={"conversations": conversation})
 
     samples = [
         sample("a", ("<image>\nHow many?", "2"), ("What color?", "red")),

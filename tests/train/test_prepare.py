@@ -1,16 +1,16 @@
 """From samples to tensors: ids and labels written out by hand, and what cannot be used is passed over by name."""
 
 import io
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
 from visplice.lm.prompt import IGNORE, TURNS, PromptBuilder, VisualTokens
-from visplice.train.data.module import ShardData, ShardDataset
-from visplice.train.data.prepare import AlignPreparer, InstructPreparer, SkippedSample
-from visplice.train.data.shards import Sample, write_shards
-from visplice.vision.image import ImageError
+from visplice.train.data.prepare import AlignPreparer, InstructPreparer, normalised
+from visplice.train.data.record import Fault, Sample
 from visplice.vision.transform import Transform
 
 TRANSFORM = Transform(image_size=28, resize="squash", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -28,8 +28,17 @@ def talk(*texts):
     return [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
 
 
-def sample(*texts, image=None, **record):
-    return Sample(key="s1", image=image, record=({"conversations": talk(*texts)} if texts else {}) | record)
+def sample(*texts, image=None, images=(), **record):
+    pictures = tuple((f"{index}.png", data) for index, data in enumerate([image] if image else images))
+    return Sample(key="s1", images=pictures, record=({"conversations": talk(*texts)} if texts else {}) | record)
+
+
+@contextmanager
+def fault(name, message=None):
+    """Expects a fault of that name."""
+    with pytest.raises(Fault, match=message) as caught:
+        yield
+    assert caught.value.name == name
 
 
 @pytest.fixture
@@ -88,24 +97,36 @@ def test_align_collates_captions_flat_with_their_beginnings(align, tokenizer, rn
     assert batch["pixels"].shape == (3, 3, 28, 28) and batch["keys"] == ["s1"] * 3
 
 
+def test_align_takes_the_first_of_several_pictures(align, rng):
+    row = align(sample(images=[png("white"), png("black")], captions=["a ring"]), rng)
+    assert torch.equal(row["pixels"], torch.ones(3, 28, 28))
+
+
+def test_align_takes_the_answer_of_a_single_question_for_a_caption(align, tokenizer, rng):
+    row = align(sample("<image>\nDescribe it.", "a red circle", image=png()), rng)
+    assert row["caption"].tolist() == tokenizer.encode("a red circle")
+    with fault("no-text", "4 turns are not one question and its answer"):
+        align(sample("<image>q", "a", "q", "a", image=png()), rng)
+
+
 @pytest.mark.parametrize(
-    ("image", "record", "message"),
+    ("image", "record", "name", "message"),
     [
-        (None, {"captions": ["a"]}, "s1 has no picture"),
-        (png(), {}, "s1 has no captions"),
-        (png(), {"captions": []}, "s1 has no captions"),
-        (png(), {"captions": [""]}, "s1 has an empty caption"),
+        (None, {"captions": ["a"]}, "no-image", "s1 is text alone"),
+        (png(), {}, "no-text", "s1 has no captions"),
+        (png(), {"captions": []}, "no-text", "s1 has no captions"),
+        (png(), {"captions": [""]}, "no-tokens", "s1 has a caption without a token"),
     ],
 )
-def test_align_skips_what_it_cannot_use(align, rng, image, record, message):
-    with pytest.raises(SkippedSample, match=message):
+def test_align_faults_what_it_cannot_use(align, rng, image, record, name, message):
+    with fault(name, message):
         align(sample(image=image, **record), rng)
 
 
-def test_broken_picture_is_an_image_error(align, instruct, rng):
-    with pytest.raises(ImageError):
+def test_broken_picture_is_a_fault_of_its_kind(align, instruct, rng):
+    with fault("damaged-image", "^s1: the image"):
         align(sample(image=png()[:60], captions=["a"]), rng)
-    with pytest.raises(ImageError):
+    with fault("not-an-image"):
         instruct()(sample("<image>q", "a", image=b"no picture"), rng)
 
 
@@ -153,7 +174,7 @@ def test_turns_that_do_not_fit_are_dropped_whole_and_counted(instruct, written, 
     ):
         row = instruct(limit)(conversation, rng)
         assert ((row["ids"], row["labels"]), row["dropped"]) == (expected, dropped), limit
-    with pytest.raises(SkippedSample, match=f"s1 needs more than max_length {len(one[0]) - 1} positions"):
+    with fault("too-long", f"s1 needs {len(one[0])} positions for its first turn, max_length is {len(one[0]) - 1}"):
         instruct(len(one[0]) - 1)(conversation, rng)
 
 
@@ -164,37 +185,63 @@ def test_question_that_nobody_answered_is_left_out(instruct, written, rng):
 
 
 @pytest.mark.parametrize(
-    ("record", "message"),
+    ("record", "name", "message"),
     [
-        ({}, "no conversation"),
-        ({"conversations": talk("alone")}, "no conversation"),
-        ({"conversations": "text"}, "no conversation"),
-        ({"conversations": [{"from": "human", "value": "q"}, {"from": "bot", "value": "a"}]}, "has a turn that is not"),
-        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt"}]}, "has a turn that is not"),
-        ({"conversations": ["q", "a"]}, "has a turn that is not"),
-        ({"conversations": talk("q", "a")[::-1]}, "sample s1: message 1 has role 'assistant'"),
-        ({"conversations": talk("q", "a")[:1] * 2}, "sample s1: message 2 has role 'user'"),
-        ({"conversations": talk("<image><image>q", "a")}, "s1 has 2 image slots but 1 image"),
+        ({}, "no-text", "s1 has no conversation"),
+        ({"captions": ["a"]}, "no-text", "s1 has no conversation"),
+        ({"conversations": talk("alone")}, "no-answer", "s1 is a question without an answer"),
+        ({"conversations": talk("<image><image>q", "a")}, "placeholder-count", "2 <image> marks, but 1 pictures"),
+        ({"conversations": talk("q", "a")[::-1]}, "turn-order", "s1: message 1 has role 'assistant'"),
     ],
 )
-def test_instruct_skips_what_it_cannot_use_and_names_it(instruct, rng, record, message):
-    with pytest.raises(SkippedSample, match=message):
+def test_instruct_faults_what_it_cannot_use(instruct, rng, record, name, message):
+    with fault(name, message):
         instruct()(sample(image=png(), **record), rng)
 
 
-def test_mark_without_a_picture_is_skipped(instruct, rng):
-    with pytest.raises(SkippedSample, match="s1 has 1 image slot but 0 images"):
+def test_mark_without_a_picture_is_a_fault(instruct, rng):
+    with fault("placeholder-count", "1 <image> marks, but 0 pictures"):
         instruct()(sample("<image>q", "a"), rng)
 
 
-def test_picture_whose_turn_does_not_fit_is_skipped(instruct, written, rng):
+def test_several_pictures_stand_where_their_marks_stand(instruct, written, rng):
     (q1, a1), (q2, a2) = QUESTIONS
-    limit = len(written(([q1], a1))[0])
-    with pytest.raises(SkippedSample, match="s1 has 0 image slots but 1 image"):
-        instruct(limit)(sample(q1, a1, "<image>" + q2, a2, image=png()), rng)
+    conversation = ("<image>" + q1 + "<image>", a1, "now <image>" + q2, a2)
+    pictures = [png("white"), png("black"), png("white")]
+    row = instruct()(sample(*conversation, images=pictures), rng)
+    assert (row["ids"], row["labels"]) == written(([Image, q1, Image], a1), (["now ", Image, q2], a2))
+    assert [pixels.mean().item() for pixels in row["pixels"]] == [1, -1, 1]
+    with fault("placeholder-count", "3 <image> marks, but 2 pictures"):
+        instruct()(sample(*conversation, images=pictures[:2]), rng)
 
 
-def test_collate_pads_on_the_right_without_labels(instruct, written, rng):
+def test_several_pictures_without_a_mark_go_to_the_front(instruct, written, rng):
+    (q1, a1), _ = QUESTIONS
+    row = instruct()(sample(q1, a1, images=[png("white"), png("black")]), rng)
+    assert (row["ids"], row["labels"]) == written(([Image, Image, q1], a1))
+    assert [pixels.mean().item() for pixels in row["pixels"]] == [1, -1]
+
+
+def test_turn_that_is_dropped_takes_its_pictures_with_it(instruct, written, rng):
+    (q1, a1), (q2, a2) = QUESTIONS
+    expected = written(([Image, q1], a1))
+    row = instruct(len(expected[0]))(
+        sample("<image>" + q1, a1, "<image>" + q2, a2, images=[png("white"), png("black")]), rng
+    )
+    assert (row["ids"], row["labels"], row["dropped"]) == (*expected, 1)
+    assert [pixels.mean().item() for pixels in row["pixels"]] == [1]
+    alone = written(([q1], a1))
+    row = instruct(len(alone[0]))(sample(q1, a1, "<image>" + q2, a2, image=png()), rng)
+    assert (row["ids"], row["labels"], row["pixels"]) == (*alone, [])
+
+
+def test_picture_of_a_question_that_nobody_answered_is_left_out(instruct, written, rng):
+    (q1, a1), (q2, _) = QUESTIONS
+    row = instruct()(sample(q1, a1, "<image>" + q2, image=png()), rng)
+    assert (row["ids"], row["labels"], row["pixels"]) == (*written(([q1], a1)), [])
+
+
+def test_collate_pads_on_the_right_without_labels(instruct, written, tokenizer, rng):
     (q1, a1), (q2, a2) = QUESTIONS
     preparer = instruct()
     rows = [preparer(sample(q1, a1), rng), preparer(sample("<image>" + q1, a1, q2, a2, image=png()), rng)]
@@ -205,8 +252,8 @@ def test_collate_pads_on_the_right_without_labels(instruct, written, rng):
     assert batch["labels"].tolist() == [short_labels + [IGNORE] * padding, long_labels]
     assert batch["pixels"].shape == (1, 3, 28, 28)  # of the row that has a picture
     assert (batch["keys"], batch["dropped_turns"]) == (["s1", "s1"], 0)
-    assert preparer.supervised(batch)
-    assert not preparer.supervised(batch | {"labels": torch.full_like(batch["labels"], IGNORE)})
+    assert preparer.num_supervised(batch) == len([*tokenizer.encode(a1)] * 2 + tokenizer.encode(a2)) + 3
+    assert not preparer.num_supervised(batch | {"labels": torch.full_like(batch["labels"], IGNORE)})
 
 
 def test_collate_of_text_alone_has_no_pixels(instruct, rng):
@@ -221,64 +268,32 @@ def test_collate_sums_the_dropped_turns(instruct, written, rng):
     assert preparer.collate([preparer(sample(q1, a1, q2, a2), rng)] * 3)["dropped_turns"] == 3
 
 
-# --- the data set ----------------------------------------------------------------------------------------------------
+def test_no_rows_are_a_batch_of_nothing(align, instruct):
+    for preparer in (align, replace(align, fast=True)):
+        batch = preparer.collate([])
+        assert (batch["keys"], batch["pixels"].shape) == ([], (0, 3, 28, 28))
+        assert batch["captions"].shape == batch["offsets"].shape == (0,)
+        assert batch["captions"].dtype == batch["offsets"].dtype == torch.int64
+    batch = instruct().collate([])
+    assert (batch["keys"], batch["ids"].shape, batch["pixels"].shape) == ([], (0, 0), (0, 3, 28, 28))
+    assert instruct().num_supervised(batch) == batch["dropped_turns"] == 0
 
 
-@pytest.fixture
-def data(tmp_path):
-    """Twelve samples with captions, of which `s03` and `s07` have broken pictures."""
-    images = [b"broken" if index in (3, 7) else png() for index in range(12)]
-    samples = [Sample(key=f"s{i:02d}", image=image, record={"captions": ["a"]}) for i, image in enumerate(images)]
-    write_shards(samples, tmp_path, source={}, per_shard=5)
-    return tmp_path
+# --- fast decoding ---------------------------------------------------------------------------------------------------
 
 
-GOOD = [f"s{index:02d}" for index in range(12) if index not in (3, 7)]
+def test_fast_pixels_are_bytes_that_normalise_to_the_exact_ones(align, instruct, rng):
+    exact = align(sample(image=png("red"), captions=["a"]), rng)["pixels"]
+    for preparer, example in (
+        (replace(align, fast=True), sample(image=png("red"), captions=["a"])),
+        (replace(instruct(), fast=True), sample("<image>q", "a", image=png("red"))),
+    ):
+        batch = preparer.collate([preparer(example, rng)])
+        assert batch["pixels"].dtype == torch.uint8
+        torch.testing.assert_close(normalised(batch["pixels"], TRANSFORM)[0], exact, atol=0.02, rtol=0)
+    assert normalised(exact, TRANSFORM) is exact
 
 
-def keys(dataset):
-    return [row["key"] for row in dataset]
-
-
-def test_bad_pictures_are_named_and_passed_over(data, align, capsys):
-    dataset = ShardDataset(data, align, seed=0, max_skipped=2)
-    assert sorted(keys(dataset)) == GOOD
-    lines = sorted(capsys.readouterr().err.splitlines())
-    assert [line.split(":")[:2] for line in lines] == [["skipped", " s03"], ["skipped", " s07"]]
-    assert "is not an image" in lines[0]
-    assert sorted(keys(dataset)) == GOOD  # the budget is one epoch's
-
-
-def test_one_bad_picture_more_than_allowed_stops_the_run(data, align):
-    with pytest.raises(ValueError, match=r"2 samples could not be used, more than data\.max_skipped 1.*s07"):
-        keys(ShardDataset(data, align, seed=None, max_skipped=1))
-
-
-def test_every_epoch_has_its_own_order_and_the_seed_decides_it(data, align):
-    def epochs(seed):
-        dataset = ShardDataset(data, align, seed=seed, max_skipped=2)
-        return keys(dataset), keys(dataset)
-
-    first, second = epochs(1)
-    assert epochs(1) == (first, second)
-    assert first != second and sorted(first) == sorted(second) == GOOD
-    assert epochs(2)[0] != first
-    assert epochs(None) == (GOOD, GOOD)
-
-
-def test_length_is_the_number_of_samples(data, align):
-    assert len(ShardDataset(data, align, seed=0, max_skipped=2)) == 12
-
-
-def test_empty_data_set_is_refused(tmp_path, align):
-    write_shards([], tmp_path, source={})
-    with pytest.raises(ValueError, match="holds no samples"):
-        ShardDataset(tmp_path, align, seed=0, max_skipped=0)
-
-
-def test_data_module_refuses_a_wrong_path_and_an_empty_batch_at_once(data, tmp_path):
-    for paths in ({"path": str(tmp_path / "none")}, {"path": str(data), "val_path": str(tmp_path / "none")}):
-        with pytest.raises(ValueError, match=r"none/manifest\.json: no such file"):
-            ShardData(**paths)
-    with pytest.raises(ValueError, match=r"data\.batch_size is 0"):
-        ShardData(str(data), batch_size=0)
+def test_broken_picture_is_a_fault_of_its_kind_when_decoded_fast_too(align, rng):
+    with fault("damaged-image", "^s1: "):
+        replace(align, fast=True)(sample(image=png()[:60], captions=["a"]), rng)

@@ -135,10 +135,10 @@ def test_interrupted_folder_is_written_anew(tmp_path, content):
 
 
 def test_training_samples_have_a_picture_a_caption_and_a_conversation(scenes_folder):
-    samples = list(read_samples([str(scenes_folder / "shard-000000.tar")], shuffle_seed=None))
+    samples = list(read_samples([str(scenes_folder / "shard-000000.tar")]))
     assert [sample.key for sample in samples] == [f"scene{index:06d}" for index in range(48)]
     for sample in samples:
-        assert open_image(sample.image).size == (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE)
+        assert open_image(sample.images[0][1]).size == (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE)
         turns = sample.record["conversations"]
         assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2) and 2 <= len(turns) <= 6
         assert [turn["value"].startswith("<image>\n") for turn in turns] == [True] + [False] * (len(turns) - 1)
@@ -158,7 +158,7 @@ def test_no_training_text_names_a_held_out_combination(monkeypatch):
     assert found > 1000
 
 
-def test_training_shards_are_written_once_and_anew_for_another_seed_or_a_lost_manifest(tmp_path):
+def test_training_shards_are_written_once_and_anew_for_another_seed_or_a_lost_file(tmp_path):
     assert write_training(tmp_path, count=4, seed=0)
     before = contents(tmp_path)
     assert write_training(tmp_path, count=4, seed=0) is False
@@ -168,6 +168,11 @@ def test_training_shards_are_written_once_and_anew_for_another_seed_or_a_lost_ma
     assert {name: data for name, (data, _) in contents(tmp_path).items()} == {
         name: data for name, (data, _) in before.items()
     }
+    shard = tmp_path / "shard-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert write_training(tmp_path, count=4, seed=0)
+    shard.unlink()
+    assert write_training(tmp_path, count=4, seed=0)
     assert write_training(tmp_path, count=4, seed=1)
     assert read_manifest(tmp_path)["source"]["seed"] == 1
     assert contents(tmp_path)["shard-000000.tar"][0] != before["shard-000000.tar"][0]

@@ -112,6 +112,26 @@ def test_image_of_the_right_size_is_not_resampled(resize):
     np.testing.assert_array_equal((found * 255).round().permute(1, 2, 0).numpy(), np.asarray(image))
 
 
+def test_a_batch_of_bytes_is_normalised_to_what_single_images_become():
+    images = [noise(56, 56), noise(57, 56), noise(30, 41)]
+    straight = torch.stack([transform()(image) for image in images])
+    pixels = torch.stack([transform().pixels(image) for image in images])
+    assert pixels.dtype == torch.uint8 and pixels.is_contiguous()
+    assert torch.equal(transform().normalise(pixels), straight)
+    assert transform().normalise(pixels.permute(0, 1, 3, 2)).is_contiguous()
+
+
+def test_normalised_bfloat16_is_the_rounded_float32():
+    pixels = transform().pixels(noise(56, 56))
+    assert torch.equal(transform().normalise(pixels, torch.bfloat16), transform().normalise(pixels).bfloat16())
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(3, 56, 56), torch.zeros(56, 56, 3, dtype=torch.uint8)])
+def test_pixels_that_are_no_bytes_or_not_channel_first_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"expected torch.uint8 \[..., 3, H, W\]"):
+        transform().normalise(wrong)
+
+
 @pytest.mark.parametrize("resize", ["crop", "pad", "squash"])
 def test_the_given_image_is_left_alone(resize):
     image = noise(56, 56)

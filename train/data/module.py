@@ -1,108 +1,145 @@
-"""The Lightning data module of both stages: shards in, batches out."""
+"""The Lightning data module of both stages: shards or features in, batches out."""
 
 from __future__ import annotations
 
-import random
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import lightning as L
-import torch
-from torch.utils.data import DataLoader, IterableDataset
 
-from visplice.train.data.prepare import SkippedSample
-from visplice.train.data.shards import read_manifest, read_samples
-from visplice.vision.image import ImageError
+from visplice.train.data.loader import EvaluationLoader, ShardLoader
+from visplice.train.data.samples import Source
+from visplice.train.data.shard_set import ShardSet
+from visplice.train.features.features import FeatureSet, is_feature_folder
 
-
-class ShardDataset(IterableDataset):
-    """Prepared samples of a data folder, in another order every epoch."""
-
-    def __init__(self, folder: Path, preparer: Any, *, seed: int | None, max_skipped: int) -> None:
-        manifest = read_manifest(folder)
-        self.files = [str(folder / shard["name"]) for shard in manifest["shards"]]
-        self.num_samples: int = manifest["samples"]
-        if not self.num_samples:
-            raise ValueError(f"{folder}: the data set holds no samples")
-        self._preparer, self._seed, self._max_skipped = preparer, seed, max_skipped
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        return self.num_samples // ranks
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        seed = None if self._seed is None else hash((self._seed, self.epoch))
-        rng, skipped = random.Random(seed or 0), 0  # validation draws the same captions every time
-        for sample in read_samples(self.files, shuffle_seed=seed):
-            try:
-                row = self._preparer(sample, rng)
-            except (SkippedSample, ImageError) as error:
-                skipped += 1
-                print(f"skipped: {sample.key}: {error}", file=sys.stderr)
-                if skipped > self._max_skipped:
-                    raise ValueError(
-                        f"{skipped} samples could not be used, more than data.max_skipped {self._max_skipped}; "
-                        f"the last one is {sample.key}: {error}"
-                    ) from error
-                continue
-            yield row
-        self.epoch += 1
+DECODING = ("fast", "exact")
 
 
 class ShardData(L.LightningDataModule):
-    """Training and validation shards."""
+    """Training and validation data; the place in it is saved with every checkpoint."""
 
     def __init__(
         self,
-        path: str,
+        path: str | None = None,
         val_path: str | None = None,
         batch_size: int = 64,
         num_workers: int = 0,
         seed: int = 0,
         max_skipped: int = 100,
+        mixture: dict[str, float] | None = None,
+        shuffle_shards: int = 16,
+        decode: str = "fast",
+        cache: str | None = None,
+        cache_gb: float = 50.0,
     ) -> None:
-        """Names the data.
+        """Names the data and opens it, so that a wrong path is said before any model is loaded.
 
         Args:
-            path: folder of training shards with its manifest.json.
-            val_path: folder of validation shards; none without it.
+            path: training data: a folder of shards or its URL, or a folder that `visplice data encode` wrote.
+            val_path: validation data; none without it.
             batch_size: samples per step and rank.
-            num_workers: processes that read and decode.
+            num_workers: processes that read and decode, on each rank; 0 does it where training runs.
             seed: fixes the order.
-            max_skipped: unusable samples that are named and passed over, per worker and epoch, before the run stops.
+            max_skipped: unusable samples that are named and passed over, per rank and run, before it stops.
+            mixture: several sets in place of path, each with its weight: how often an epoch shows its samples.
+            shuffle_shards: shards whose samples are shuffled among each other.
+            decode: of training pictures, 'fast' or 'exact'; validation is exact always.
+            cache: folder for the shards of a URL; ~/.cache/visplice/shards without it.
+            cache_gb: 10^9 bytes that the cache takes.
         """
         super().__init__()
-        self.path, self.val_path = Path(path), Path(val_path) if val_path else None
+        for name, value in (("batch_size", batch_size), ("shuffle_shards", shuffle_shards)):
+            if value < 1:
+                raise ValueError(f"data.{name} is {value}; it is at least 1")
+        if decode not in DECODING:
+            raise ValueError(f"data.decode is {decode!r}; it is one of {', '.join(DECODING)}")
+        if (path is None) == (not mixture):
+            given = "both are given" if path else "neither is given"
+            raise ValueError(f"training data is data.path, or several sets as data.mixture; {given}")
         self.batch_size, self.num_workers, self.seed, self.max_skipped = batch_size, num_workers, seed, max_skipped
-        if batch_size < 1:
-            raise ValueError(f"data.batch_size is {batch_size}; it is at least 1")
-        for folder in filter(None, (self.path, self.val_path)):
-            read_manifest(folder)  # a wrong path is said before any model is loaded
+        self.shuffle_shards, self.decode = shuffle_shards, decode
+        self._cache = {"cache": cache, "cache_gb": cache_gb, "keep": shuffle_shards}
+        weights = mixture or {str(path): 1.0}
+        for name, weight in weights.items():
+            if not weight > 0:
+                raise ValueError(f"data.mixture gives {name} the weight {weight}; it is above 0")
+        self._train = [self._open(name) for name in weights]
+        self._weights = list(weights.values())
+        self._val = [self._open(val_path)] if val_path else []
+        self._loader: ShardLoader | None = None
+        self._loader_of: Any = None  # the trainer that it was made for
+        self._state: Mapping[str, Any] | None = None
 
-    def _loader(self, folder: Path, *, train: bool) -> DataLoader:
-        assert self.trainer is not None
-        module: Any = self.trainer.lightning_module
-        preparer = module.preparer
-        seed = self.seed if train else None
-        dataset = ShardDataset(folder, preparer, seed=seed, max_skipped=self.max_skipped)
-        if train and len(dataset) < self.batch_size:
-            raise ValueError(
-                f"{folder} gives {len(dataset)} samples a rank, fewer than data.batch_size {self.batch_size}"
+    def _open(self, path: str) -> Source:
+        source: Source = FeatureSet(path) if is_feature_folder(path) else ShardSet(path, **self._cache)  # type: ignore[arg-type]
+        if not sum(source.counts):
+            raise ValueError(f"{path}: the data set holds no samples")
+        return source
+
+    def sources(self) -> list[Source]:
+        """Every set, of training and validation."""
+        return [*self._train, *self._val]
+
+    def train_dataloader(self) -> ShardLoader:
+        """The loader of this run, the same at every call."""
+        trainer: Any = self.trainer
+        if self._loader is None or self._loader_of is not trainer:
+            for source in self._train:
+                if isinstance(source, ShardSet):
+                    source.check_cache(2 * self.shuffle_shards * trainer.num_devices)
+            self._loader = ShardLoader(
+                self._train,
+                self._preparer(fast=self.decode == "fast"),
+                weights=self._weights,
+                seed=self.seed,
+                shuffle_shards=self.shuffle_shards,
+                **self._shared(),
             )
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            collate_fn=preparer.collate,
-            drop_last=train,
-            persistent_workers=self.num_workers > 0,
-        )
+            self._loader_of = trainer
+            if self._state is not None:
+                self._loader.load_state_dict(self._state)
+                self._state = None
+        return self._loader
 
-    def train_dataloader(self) -> DataLoader:
-        return self._loader(self.path, train=True)
+    def val_dataloader(self) -> EvaluationLoader | list[Any]:
+        if not self._val:
+            return []
+        return EvaluationLoader(self._val, self._preparer(fast=False), **self._shared())
 
-    def val_dataloader(self) -> DataLoader | list[Any]:
-        return self._loader(self.val_path, train=False) if self.val_path else []
+    def peek(self) -> dict[str, Any]:
+        """The first training batch of all, to see what the data is like; the place in the data stays."""
+        return self.train_dataloader().peek()
+
+    def _shared(self) -> dict[str, Any]:
+        trainer: Any = self.trainer
+        return {
+            "batch_size": self.batch_size,
+            "rank": trainer.global_rank,
+            "world": trainer.world_size,
+            "num_workers": self.num_workers,
+            "max_skipped": self.max_skipped,
+            "pin_memory": trainer.strategy.root_device.type == "cuda",
+        }
+
+    def _preparer(self, *, fast: bool) -> Any:
+        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+        preparer = module.preparer
+        if fast and is_dataclass(preparer) and hasattr(preparer, "fast"):
+            return replace(preparer, fast=True)  # type: ignore[type-var]
+        return preparer
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._loader is None else {"train": self._loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._state = state_dict.get("train")  # the loader needs a trainer and is made later
+        self._loader = None
+
+    def teardown(self, stage: str) -> None:
+        """Says once more what was left out."""
+        if self._loader is not None:
+            if self._loader.skipped.counts:
+                print(f"samples that could not be used: {self._loader.skipped}", file=sys.stderr)
+            self._loader.close()

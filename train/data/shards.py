@@ -1,12 +1,9 @@
 """WebDataset shards: tar files of samples, and the manifest that says which are whole.
 
-A sample is one picture (`key.png`, `.jpg`, ...; absent for text alone) and `key.json`:
+`manifest.json` is written last, so a folder without one is no finished data set:
 
-    {"captions": ["...", ...],                                          for stage 1, any number
-     "conversations": [{"from": "human", "value": "<image>What ...?"},  for stage 2, LLaVA's form, turns alternating
-                       {"from": "gpt", "value": "..."}]}
-
-`manifest.json` is written last, so a folder without one is not a data set.
+    {"schema": 2, "source": {...}, "samples": 2500, "images": 2500, "bytes": 123456,
+     "shards": [{"name": "shard-000000.tar", "samples": 1000, "images": 1000, "bytes": 61440, "sha256": "..."}, ...]}
 """
 
 from __future__ import annotations
@@ -14,132 +11,161 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import webdataset as wds
 
-SCHEMA = 1
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+from visplice.train.data.record import SCHEMA, Sample
+from visplice.train.data.tar_index import read_slot, scan_shard
+
+MANIFEST = "manifest.json"
+_TOTALS = ("samples", "images", "bytes")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One member of a shard: key, picture as it lies in the file (None for text alone), and the record."""
+class _Hashed:
+    """A file opened for writing that knows the SHA-256 of what went through it."""
 
-    key: str
-    image: bytes | None
-    suffix: str = "png"
-    record: dict[str, Any]
+    def __init__(self, stream: Any) -> None:
+        self._stream, self.digest, self.length = stream, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.length += len(data)
+        return self._stream.write(data)
+
+    def tell(self) -> int:
+        return self.length
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def write_shard(file: Path, samples: Iterable[Sample]) -> dict[str, Any]:
+    """Writes one shard beside its place, syncs it and renames it; the same samples give the same bytes.
+
+    Returns:
+        Its entry in the manifest.
+    Raises:
+        ValueError: a key holds a dot behind its last slash, where WebDataset would end it.
+    """
+    partial = file.with_name(file.name + ".partial")
+    num_samples = num_images = 0
+    with open(partial, "wb") as raw:
+        stream = _Hashed(raw)
+        with wds.TarWriter(stream, mtime=0, encoder=False) as tar:
+            for sample in samples:
+                if "." in sample.key.rpartition("/")[2]:
+                    raise ValueError(f"sample key {sample.key!r} holds a dot, where WebDataset would end it")
+                record = {"images": [suffix for suffix, _ in sample.images], **sample.record}
+                members: dict[str, Any] = {"__key__": sample.key, **dict(sample.images)}
+                members["json"] = json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass")
+                tar.write(members)
+                num_samples += 1
+                num_images += len(sample.images)
+        raw.flush()
+        os.fsync(raw.fileno())
+    os.replace(partial, file)
+    return {
+        "name": file.name,
+        "samples": num_samples,
+        "images": num_images,
+        "bytes": stream.length,
+        "sha256": stream.digest.hexdigest(),
+    }
+
+
+def shard_name(index: int) -> str:
+    return f"shard-{index:06d}.tar"
 
 
 def write_shards(
     samples: Iterable[Sample], folder: str | Path, *, source: dict[str, Any], per_shard: int = 1000
 ) -> None:
-    """Writes samples to `shard-000000.tar`, ... and the manifest.
-
-    Shards and manifest are written beside their place and renamed; the same samples give the same bytes.
+    """Writes samples to `shard-000000.tar`, ... and the manifest, in place of what the folder held.
 
     Raises:
-        ValueError: a key has a dot behind its last slash, where WebDataset would end it.
+        ValueError: as `write_shard` does.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").unlink(missing_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
     for stale in folder.glob("shard-*.tar*"):
         stale.unlink()
     shards: list[dict[str, Any]] = []
     pending: list[Sample] = []
-
-    def flush() -> None:
-        name = f"shard-{len(shards):06d}.tar"
-        partial = folder / f"{name}.partial"
-        with open(partial, "wb") as stream, wds.TarWriter(stream, mtime=0, encoder=False) as tar:
-            for sample in pending:
-                members: dict[str, Any] = {"__key__": sample.key}
-                if sample.image is not None:
-                    members[sample.suffix] = sample.image
-                members["json"] = json.dumps(sample.record, ensure_ascii=False).encode()
-                tar.write(members)
-        digest = hashlib.sha256(partial.read_bytes()).hexdigest()
-        shards.append({"name": name, "samples": len(pending), "bytes": partial.stat().st_size, "sha256": digest})
-        os.replace(partial, folder / name)
-        pending.clear()
-
     for sample in samples:
-        if "." in sample.key.rpartition("/")[2]:
-            raise ValueError(f"sample key {sample.key!r} holds a dot, where WebDataset would end it")
         pending.append(sample)
         if len(pending) == per_shard:
-            flush()
+            shards.append(write_shard(folder / shard_name(len(shards)), pending))
+            pending.clear()
     if pending:
-        flush()
-    total = sum(shard["samples"] for shard in shards)
-    write_json(folder / "manifest.json", {"schema": SCHEMA, "source": source, "samples": total, "shards": shards})
+        shards.append(write_shard(folder / shard_name(len(shards)), pending))
+    write_manifest(folder, source=source, shards=shards)
+
+
+def write_manifest(folder: Path, *, source: dict[str, Any], shards: Sequence[dict[str, Any]]) -> None:
+    """Writes the manifest of finished shards."""
+    totals = {name: sum(shard[name] for shard in shards) for name in _TOTALS}
+    write_json(folder / MANIFEST, {"schema": SCHEMA, "source": source, **totals, "shards": list(shards)})
 
 
 def write_json(file: Path, value: Any) -> None:
     """Writes JSON beside its place and renames it, so that a reader sees the old file or the whole new one."""
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    with open(partial, "w", encoding="utf-8") as stream:
+        stream.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
     os.replace(partial, file)
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a data folder whose shards are all there.
+def parse_manifest(text: str | bytes, name: str) -> dict[str, Any]:
+    """A manifest of this schema, out of the text of the file or page `name`.
 
     Raises:
-        ValueError: the manifest is missing or broken, of another schema, or a shard is missing or cut short.
+        ValueError: it is broken or of another schema.
     """
-    file = Path(folder) / "manifest.json"
     try:
-        manifest = json.loads(file.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{file}: no such file; data.path is a folder of shards with a manifest.json") from None
+        manifest = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not JSON ({error})") from error
+        raise ValueError(f"{name}: not JSON ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
-        raise ValueError(f"{file}: schema is {found!r}; this version reads {SCHEMA}")
+        raise ValueError(f"{name}: schema is {found!r}; this version reads {SCHEMA}")
     try:
-        expected = {file.parent / shard["name"]: shard["bytes"] for shard in manifest["shards"]}
-        complete = {"source", "samples"} <= manifest.keys()
+        whole = {"source", *_TOTALS} <= manifest.keys() and all(
+            isinstance(shard["name"], str) and all(isinstance(shard[total], int) for total in _TOTALS)
+            for shard in manifest["shards"]
+        )
     except (KeyError, TypeError):
-        complete = False
-    if not complete:
-        raise ValueError(f"{file}: lacks source, samples, or shards with name and bytes; make the data set again")
-    for path, length in expected.items():
-        size = path.stat().st_size if path.is_file() else None
-        if size != length:
-            what = "missing" if size is None else f"{size} bytes long"
-            raise ValueError(f"{path}: {what}, the manifest says {length} bytes; make the data set again")
+        whole = False
+    if not whole:
+        raise ValueError(f"{name}: lacks source, totals, or shards with name and totals; make the data set again")
     return manifest
 
 
-def read_samples(files: list[str], *, shuffle_seed: int | None, buffer: int = 1000) -> Iterator[Sample]:
-    """Samples of shard files, this rank's and this worker's share; shuffled from a seed unless that is None.
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a data folder.
 
     Raises:
-        ValueError: a sample has no record, or its record is not JSON.
+        ValueError: it is missing or broken, or of another schema.
     """
-    rng = random.Random(shuffle_seed)
-    files = list(files)
-    if shuffle_seed is not None:
-        rng.shuffle(files)
-    stages: list[Any] = [wds.SimpleShardList(files), wds.split_by_node, wds.split_by_worker]
-    stages.append(wds.tarfile_to_samples(handler=wds.reraise_exception))
-    if shuffle_seed is not None:
-        stages.append(wds.shuffle(buffer, initial=buffer, rng=rng))
-    for raw in wds.DataPipeline(*stages):
-        key = raw["__key__"]
-        suffix = next((s for s in IMAGE_SUFFIXES if s in raw), None)
-        try:
-            record = json.loads(raw["json"])
-        except KeyError:
-            raise ValueError(f"{raw['__url__']}: sample {key} has no {key}.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{raw['__url__']}: {key}.json is not JSON ({error})") from error
-        yield Sample(key=key, image=raw[suffix] if suffix else None, suffix=suffix or "png", record=record)
+    file = Path(folder) / MANIFEST
+    try:
+        return parse_manifest(file.read_bytes(), str(file))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{file}: no such file; data.path is a folder of shards with a manifest.json") from None
+
+
+def read_samples(files: Iterable[str | Path]) -> Iterator[Sample]:
+    """Every sample of shard files, in order.
+
+    Raises:
+        Fault: a sample cannot be read.
+    """
+    for file in files:
+        with open(file, "rb") as stream:
+            for slot in scan_shard(file):
+                yield read_slot(stream.fileno(), slot)
