@@ -104,8 +104,9 @@ def main(options: argparse.Namespace) -> int:
 
 def summary(report: dict[str, Any], num_examples: int) -> Iterator[str]:
     """A report in lines for people."""
+    shards = f"{report['shards']:,} shard{'s' * (report['shards'] != 1)}"
     yield (
-        f"{report['data']}: {report['samples']:,} samples in {report['shards']:,} shards, "
+        f"{report['data']}: {report['samples']:,} samples in {shards}, "
         f"{report['bytes'] / 1e6:,.1f} MB; {report['usable']:,} usable, with {report['pictures']:,} pictures"
         + (f", {report['text_alone']:,} of text alone" if report["text_alone"] else "")
     )

@@ -41,7 +41,7 @@ def test_command_prints_a_list_and_ends_with_one(tmp_path, capsys):
     words = ["data", "check", str(folder), "--workers", "1", "--examples", "2", "--json", str(tmp_path / "report.json")]
     assert main(words) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"{folder}: 13 samples in 1 shards, ")
+    assert lines[0].startswith(f"{folder}: 13 samples in 1 shard, ")
     assert lines[0].endswith(" MB; 6 usable, with 6 pictures")
     assert lines[1:3] == ["wrong:", "          7 not-an-image        a picture file in no known format"]
     assert lines[3].startswith("            shard-000000.tar: bad0: bad0.jpg: the image (9 bytes) is not an image")
