@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from visplice.train.data.sources import Source
+    from visplice.train.convert.sources import Source
 
 _VQA = ("questions", "annotations", "images")
 # The flags that a source needs, and those that it may have.
@@ -117,10 +117,10 @@ def open_source(options: argparse.Namespace) -> tuple[Source, Path | None]:
     """
     from pathlib import Path
 
-    from visplice.train.data.source_captions import coco_source, textcaps_source
-    from visplice.train.data.source_llava import llava_source
-    from visplice.train.data.source_pairs import folder_source, table_source
-    from visplice.train.data.source_vqa import vqa_source
+    from visplice.train.convert.captions import coco_source, textcaps_source
+    from visplice.train.convert.llava import llava_source
+    from visplice.train.convert.pairs import folder_source, table_source
+    from visplice.train.convert.vqa import vqa_source
 
     file = Path(options.json or options.questions or options.table or "")
     images = Path(options.images) if options.images else file.parent if options.table else None
@@ -147,10 +147,12 @@ def main(options: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from visplice.train.data.convert import convert
+    from visplice.train.convert.convert import convert
+    from visplice.train.convert.sources import many_objects
     from visplice.train.data.workers import usable_cpus
 
-    source, images = open_source(options)
+    with many_objects():
+        source, images = open_source(options)
     out = Path(options.out)
     with tqdm(total=len(source.entries), unit=" entries", desc=options.source, disable=None) as bar:
         report = convert(
@@ -163,26 +165,35 @@ def main(options: argparse.Namespace) -> int:
             part=options.part,
             progress=bar.update,
         )
-    part = "" if options.part[1] == 1 else f" (part {options.part[0]} of {options.part[1]})"
-    print(summary(report, f"{out}{part}"))
+    number, parts = options.part
+    if parts == 1 or "part" not in report:
+        print(summary(report, str(out)))
+    else:
+        print(summary(report, f"{out} (part {number} of {parts})"))
+        print(f"when all {parts} parts are there: visplice data merge {out} --out DIR")
     return 0
 
 
 def summary(report: dict[str, Any], name: str) -> str:
     """What became of a source, in lines for people."""
-    from visplice.train.data.convert_report import meaning
-
     unit = report["source"]["unit"]
     items = report[unit]
     lines = [
         f"{name}: {'already complete: ' if report['complete'] else ''}{report['samples']:,} samples with "
-        f"{report['images']:,} pictures in {report['shards']:,} shards, {report['bytes'] / 1e6:,.1f} MB",
+        f"{report['images']:,} pictures in {report['shards']:,} shard{'s'[: report['shards'] != 1]}, "
+        f"{report['bytes'] / 1e6:,.1f} MB",
         f"{unit}: {items['read']:,} read, {items['written']:,} written, {items['skipped']:,} skipped",
     ]
     for title, part in (("skipped", report["skipped"]), ("kept, though odd", report["oddities"])):
         if part:
             lines.append(f"{title}:")
-            lines += [f"  {found['count']:>9,} {fault:18} {meaning(fault)}" for fault, found in part.items()]
-    if report["skipped"]:
+            lines += [f"  {found['count']:>9,} {fault:18} {_told(found, unit)}" for fault, found in part.items()]
+    if report["skipped"] and "part" not in report:
         lines.append("each skipped one is in skipped.jsonl, counts and examples in report.json")
     return "\n".join(lines)
+
+
+def _told(found: dict[str, Any], unit: str) -> str:
+    """What a fault is, and how many of the published units went with it where it is not one each."""
+    items = found.get("items", found["count"])
+    return found["meaning"] + (f" ({items:,} {unit})" if items != found["count"] else "")

@@ -127,7 +127,7 @@ def main(options: argparse.Namespace) -> int:
         return _undo(options) if options.undo is not None else _list(options)
     if options.list or options.undo is not None or options.later is not None:
         raise ValueError(f"--list, --undo and --later stand without a filter; {options.filter} was given")
-    from visplice.train.data.curate import curate, make_filter
+    from visplice.train.curate.curate import curate, make_filter
     from visplice.train.data.shards import write_json
 
     given = {name: value for name, value in vars(options).items() if name not in _OWN}
@@ -153,7 +153,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from visplice.train.data.curate import applied
+    from visplice.train.curate.curate import applied
     from visplice.train.data.curation import load_curation
 
     if options.later is not None:
@@ -180,7 +180,7 @@ def _given(options: dict[str, Any]) -> str:
 
 
 def _undo(options: argparse.Namespace) -> int:
-    from visplice.train.data.curate import undo
+    from visplice.train.curate.curate import undo
 
     names = undo(options.folder, options.undo, later=options.later)
     print(f"{options.folder}: {'took back ' + ', '.join(names) if names else 'nothing is applied'}")

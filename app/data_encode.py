@@ -45,11 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Runs it; returns the exit status."""
-    import os
-
     from visplice.app.device import pick_device, pick_dtype
-    from visplice.train.data.encode import EncodeConfig, encode
-    from visplice.train.data.frozen import frozen_parts
+    from visplice.train.data.workers import usable_cpus
+    from visplice.train.features.encode import EncodeConfig, encode
+    from visplice.train.features.frozen import frozen_parts
 
     changes = {
         "model": options.encoder_model,
@@ -68,18 +67,17 @@ def main(options: argparse.Namespace) -> int:
             tokens=options.tokens,
             decode=options.decode,
             batch_size=options.batch_size,
-            workers=options.workers or min(16, os.cpu_count() or 1),
+            workers=options.workers or min(16, usable_cpus()),
             device=pick_device(options.device),
             dtype=pick_dtype(options.dtype),
             max_skipped=options.max_skipped,
         )
     )
-    each = manifest["bytes"] / max(1, manifest["captions"])
     skipped = sum(manifest["skipped"].values())
     told = "".join(f"\n  {count} skipped: {name}" for name, count in manifest["skipped"].items())
     print(
         f"{manifest['samples']:,} samples, {manifest['pictures']:,} pictures, {manifest['captions']:,} captions, "
-        f"{manifest['bytes']:,} bytes ({each:,.0f} a caption){told}"
+        f"{manifest['bytes']:,} bytes{told}"
     )
     if skipped:
         print(f"  {options.out}/skipped.jsonl lists them")

@@ -18,7 +18,7 @@ def main(options: argparse.Namespace) -> int:
     from pathlib import Path
 
     from visplice.app.data_convert import summary
-    from visplice.train.data.merge import merge
+    from visplice.train.convert.merge import merge
 
     out = Path(options.out)
     print(summary(merge([Path(folder) for folder in options.folders], out), str(out)))

@@ -28,8 +28,10 @@ _DTYPES = {"float32": 4, "bfloat16": 2}
 
 def main(args: argparse.Namespace) -> int:
     """Prints the tables; returns the exit status."""
-    if args.question is None and (args.image or args.answer):
-        raise ValueError("--image and --answer show a prompt, and a prompt needs a question behind the model")
+    if args.question is None and (args.image or args.answer or args.template):
+        raise ValueError(
+            "--image, --answer and --template show a prompt, and a prompt needs a question behind the model"
+        )
     extension = _extension(args.model)
     source = lm_folder(extension.lm) if extension else args.model
     checkpoint = open_checkpoint(source, text_layers_only=args.text_layers_only, ignore_fields=args.ignore_field)

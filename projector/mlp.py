@@ -1,5 +1,6 @@
 """The projector: visual features to tokens of the language model, and the two sentinel vectors around them."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +51,11 @@ class Projector(nn.Module):
         Raises:
             ValueError: the tokens are all zero or not finite.
         """
-        found = rms(self(features))
+        squares, count = 0.0, 0
+        for part in features.split(8):  # all at once, 64 pictures would take half a gigabyte
+            tokens = self(part).float()
+            squares, count = squares + tokens.pow(2).sum().item(), count + tokens.numel()
+        found = math.sqrt(squares / max(1, count))
         if not 0 < found < float("inf"):
             raise ValueError(f"projected tokens have root-mean-square {found}; the projector is zero or not finite")
         factor = target / found

@@ -1,7 +1,7 @@
 """Kills a data job at random moments, runs it again, and compares every byte with a run that nobody disturbed.
 
     python tests/kill_and_rerun.py convert --kills 20 --seed 0 --log kills.log
-    python tests/kill_and_rerun.py encode --kills 20 --seed 0 --log kills.log
+    python tests/kill_and_rerun.py encode --kills 20 --seed 0 --log kills.log --in-a-row 5
 
 Each kill is a SIGKILL to the whole process group, workers included, somewhere between the start and the end of the run.
 What is then visible in the folder has to be whole: every file that the finished folder has as well has to equal it
@@ -101,12 +101,10 @@ class Moment:
 
 
 def draw(random_: random.Random, seconds: float, startup: float, whole: int) -> Moment:
-    """A random moment of a run of so many seconds, of which the first file took `startup`."""
-    at = random_.uniform(0, seconds)
-    if at < startup:
-        return Moment(files=0, seconds=at)
-    files = 1 + int((at - startup) / (seconds - startup) * whole)
-    return Moment(files=min(files, whole), seconds=random_.uniform(0, 2 * (seconds - startup) / whole))
+    """A random moment of a run of so many seconds, of which the first file took `startup`: one in four before it."""
+    if random_.random() < 0.25:
+        return Moment(files=0, seconds=random_.uniform(0, startup))
+    return Moment(files=random_.randint(1, whole), seconds=random_.uniform(0, 2 * (seconds - startup) / whole))
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -169,10 +167,13 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--entries", type=int, default=3000, help="samples of the data (default: %(default)s)")
+    parser.add_argument(
+        "--in-a-row", type=int, default=1, help="kills of one folder before a run that ends (default: %(default)s)"
+    )
     parser.add_argument("--log", type=Path, help="a line for each kill goes here as well")
     options = parser.parse_args()
     moments = random.Random(options.seed)
-    failed = 0
+    failed = midway = 0
     with tempfile.TemporaryDirectory() as name, open(options.log or os.devnull, "a", encoding="utf-8") as log:
 
         def tell(line: str) -> None:
@@ -190,23 +191,26 @@ def main() -> int:
         final = content(folder / "final")
         whole = sum(name.endswith(job.finished) for name in final)
         tell(f"{options.job}: undisturbed {seconds:.2f} s, {len(final)} files, {whole} of them *{job.finished}")
-        for number in range(1, options.kills + 1):
-            out = folder / f"kill-{number}"
-            moment = draw(moments, seconds, startup, whole)
-            killed = run_killed(job.killed, out, job, moment)
-            there = content(out)
-            wrong = differences(there, final, job, ended=not killed)
-            done = sum(name.endswith(job.finished) for name in there)
-            partial = sum(name.endswith(".partial") for name in there)
+        rounds = [min(options.in_a_row, options.kills - n) for n in range(0, options.kills, options.in_a_row)]
+        for number, kills in enumerate(rounds, 1):
+            out = folder / f"round-{number}"
+            wrong: list[str] = []
+            drawn = (draw(moments, seconds, startup, whole) for _ in range(kills))
+            for moment in sorted(drawn, key=lambda moment: (moment.files, moment.seconds)):
+                killed = run_killed(job.killed, out, job, moment)
+                there = content(out)
+                midway += killed
+                wrong += differences(there, final, job, ended=not killed)
+                done = sum(name.endswith(job.finished) for name in there)
+                partial = sum(name.endswith(".partial") for name in there)
+                state = f"{number:3} {'killed' if killed else 'ended before'} {moment}:"
+                tell(f"{state:42} {done:3} of {whole} files whole, {partial} partial")
             again = run([*job.killed, "--out", str(out)])
             wrong += differences(content(out), final, job, ended=True)
-            failed += bool(wrong)
-            state = f"{number:3} {'killed' if killed else 'ended before'} {moment}:"
-            tell(
-                f"{state:40} {done:3} of {whole} files whole, {partial} partial; again {again:5.2f} s: "
-                f"{', '.join(wrong) or 'identical'}"
-            )
-        tell(f"{options.job}: {options.kills - failed} of {options.kills} identical to the undisturbed run")
+            failed += kills if wrong else 0
+            tell(f"{number:3} run again, {again:.2f} s: {', '.join(wrong) or 'identical'}")
+        same = options.kills - failed
+        tell(f"{options.job}: {same} of {options.kills} kills ({midway} midway), identical to the undisturbed run")
     return 1 if failed else 0
 
 

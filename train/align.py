@@ -15,9 +15,9 @@ from visplice.lm.templates import template_for
 from visplice.lm.vision_llama import VisionLlama
 from visplice.projector.mlp import Projector, ProjectorConfig, rms
 from visplice.train.contrastive import Pairs, effective_rank, info_nce, mean_of_all, retrieval, sigmoid_loss
-from visplice.train.data.features import FeaturePreparer, FeatureSet
-from visplice.train.data.frozen import refuse_other_encoder, refuse_other_features, refuse_other_lm
 from visplice.train.data.prepare import AlignPreparer, normalised
+from visplice.train.features.features import FeaturePreparer, FeatureSet
+from visplice.train.features.frozen import refuse_other_encoder, refuse_other_features, refuse_other_lm
 from visplice.train.losses import answer_loss
 from visplice.train.optim import OptimConfig, log_learning_rate
 from visplice.train.stage import Stage, backbone_type
@@ -112,7 +112,8 @@ class Align(Stage):
 
     def setup(self, stage: str) -> None:
         """Refuses data of the other kind, features of other backbones, and an accumulation that adds no negatives."""
-        for source in self.trainer.datamodule.sources():  # type: ignore[attr-defined]
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        for source in data.sources() if data is not None else ():
             refuse_other_features(source, self.features)
         if self.trainer.accumulate_grad_batches != 1:
             raise ValueError(

@@ -23,9 +23,9 @@ from visplice.train.checkpoint import (
     refuse_other_machine,
     refuse_other_shapes,
 )
-from visplice.train.data.features import STAGE, is_feature_folder
 from visplice.train.data.module import ShardData
 from visplice.train.data.remote import shown
+from visplice.train.features.features import STAGE, is_feature_folder
 from visplice.train.logs import loggers
 from visplice.train.resume import Checkpoints, made_of
 from visplice.train.throughput import Throughput

@@ -55,9 +55,11 @@ def write_training(folder: Path, *, count: int, seed: int, questions: int = 6) -
     """Writes the training shards unless they are there, whole and made the same way; says whether it wrote."""
     source = {"name": "scenes", "split": scenes.TRAIN, "count": count, "seed": seed, "questions": questions}
     try:
-        if read_manifest(folder)["source"] == source:
+        manifest = read_manifest(folder)
+        whole = all((folder / shard["name"]).stat().st_size == shard["bytes"] for shard in manifest["shards"])
+        if whole and manifest["source"] == source:
             return False
-    except ValueError:
+    except (ValueError, FileNotFoundError):
         pass
     write_shards(training_samples(count, seed, questions), folder, source=source)
     return True

@@ -80,12 +80,12 @@ def examine(data: bytes, extension: str | None = None) -> tuple[ImageFacts, Imag
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                return _facts(image, extension), decoded
+                return _facts(image, data, extension), decoded
     except Exception as error:  # it decodes, but metadata that nobody needed until now may hold anything
         raise ImageError(f"the image ({len(data)} bytes) is damaged ({error or type(error).__name__})") from error
 
 
-def _facts(image: Image.Image, extension: str | None) -> ImageFacts:
+def _facts(image: Image.Image, data: bytes, extension: str | None) -> ImageFacts:
     """Of a picture that is opened and not yet loaded: loading turns a TIFF, and forgets how it was stored."""
     # JPEGs of several pictures (MPO) open under a format of their own.
     suffix = SUFFIXES["JPEG" if image.format == "MPO" else str(image.format)]
@@ -94,7 +94,7 @@ def _facts(image: Image.Image, extension: str | None) -> ImageFacts:
         "cmyk": image.mode == "CMYK",
         "16-bit": image.mode.startswith(("I", "F")) or _is_deep(image),
         "alpha": image.has_transparency_data,
-        "exif-rotation": 2 <= orientation(image) <= 8,
+        "exif-rotation": _may_be_turned(image, data) and 2 <= orientation(image) <= 8,
         "animated": image.format != "MPO" and _is_animated(image),
     }
     oddities = tuple(name for name in ODDITIES if odd[name])
@@ -104,6 +104,11 @@ def _facts(image: Image.Image, extension: str | None) -> ImageFacts:
 def _plain(extension: str) -> str:
     lower = extension.lower().removeprefix(".")
     return _SAME.get(lower, lower)
+
+
+def _may_be_turned(image: Image.Image, data: bytes) -> bool:
+    """Pillow decodes a whole PNG to learn that it has no EXIF; the name of a chunk or of a text tells it sooner."""
+    return image.format != "PNG" or any(name in data for name in (b"eXIf", b"exif", b"xmp"))
 
 
 def _is_deep(image: Image.Image) -> bool:

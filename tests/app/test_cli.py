@@ -171,7 +171,6 @@ def test_validate_reports_on_the_validation_shards(stage, data, tmp_path, capsys
         (["--model.lm", "nowhere"], "nowhere: no such folder"),
         (["--model.template", "chatml"], "template 'chatml' is unknown; there is turns, plain"),
         (["--data.batch_size", "0"], "data.batch_size is 0"),
-        (["--data.batch_size", "64"], "24 samples a rank, fewer than data.batch_size 64"),
         (["--data.path", "nowhere"], "nowhere/manifest.json: no such file"),
         (["--dtype", "int8"], "--dtype is 'int8'; it is one of float32, bfloat16, float16"),
         (["--device", "abacus"], "abacus"),

@@ -82,6 +82,7 @@ def test_answer_shows_the_labels_of_training(capsys):
     [
         (["nowhere"], "nowhere: no such folder"),
         (["embedded", "--image", "x.png"], "needs a question"),
+        (["embedded", "--template", "alpaca"], "needs a question"),
         (["embedded", "What?", "--image", "x.png"], "x.png"),
         (["embedded", "What?", "--template", "llama3"], "which template 'llama3' needs"),
         (["embedded", "What? <image>"], "1 image slot but 0 images were given"),

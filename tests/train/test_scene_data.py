@@ -158,7 +158,7 @@ def test_no_training_text_names_a_held_out_combination(monkeypatch):
     assert found > 1000
 
 
-def test_training_shards_are_written_once_and_anew_for_another_seed_or_a_lost_manifest(tmp_path):
+def test_training_shards_are_written_once_and_anew_for_another_seed_or_a_lost_file(tmp_path):
     assert write_training(tmp_path, count=4, seed=0)
     before = contents(tmp_path)
     assert write_training(tmp_path, count=4, seed=0) is False
@@ -168,6 +168,11 @@ def test_training_shards_are_written_once_and_anew_for_another_seed_or_a_lost_ma
     assert {name: data for name, (data, _) in contents(tmp_path).items()} == {
         name: data for name, (data, _) in before.items()
     }
+    shard = tmp_path / "shard-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert write_training(tmp_path, count=4, seed=0)
+    shard.unlink()
+    assert write_training(tmp_path, count=4, seed=0)
     assert write_training(tmp_path, count=4, seed=1)
     assert read_manifest(tmp_path)["source"]["seed"] == 1
     assert contents(tmp_path)["shard-000000.tar"][0] != before["shard-000000.tar"][0]

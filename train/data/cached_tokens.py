@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from visplice.train.data.features import FeatureSet
-from visplice.train.data.frozen import refuse_other_encoder
 from visplice.train.data.record import Fault, Sample
 from visplice.train.data.samples import Source
 from visplice.train.data.shard_set import ShardSet
 from visplice.train.data.tar_index import Slot
+from visplice.train.features.features import FeatureSet
+from visplice.train.features.frozen import refuse_other_encoder
 from visplice.vision.encoder import EncoderConfig
 
 _OPEN = 32  # files of features whose keys are kept; a window of shuffled shards is half of it

@@ -72,14 +72,17 @@ class ShardLoader:
         Raises:
             ValueError: there are no samples, or a number is out of its range.
         """
-        self.order = Order(
-            [source.counts for source in sources],
-            batch_size=batch_size,
-            seed=seed,
-            weights=weights,
-            rank=rank,
-            world=world,
-            shuffle_shards=shuffle_shards,
+        self.order, self._first = (
+            Order(
+                [source.counts for source in sources],
+                batch_size=batch_size,
+                seed=seed,
+                weights=weights,
+                rank=part,
+                world=world,
+                shuffle_shards=shuffle_shards,
+            )
+            for part in (rank, 0)
         )
         self._rank, self._world = rank, world
         self._made_of = {
@@ -119,13 +122,13 @@ class ShardLoader:
         return batch
 
     def peek(self) -> dict[str, Any]:
-        """The first batch of all that has a row, read in this process; the position stays, nothing is counted.
+        """The first batch with a row, the same on every rank, read in this process; nothing moves or is counted.
 
         Raises:
             ValueError: no sample of an epoch can be used.
         """
         for position in range(len(self)):
-            batch, _, error = self._dataset.__getitems__(self.order.batch(position))
+            batch, _, error = self._dataset.__getitems__(self._first.batch(position))
             if batch is None:
                 raise OSError(error)
             if batch["keys"]:

@@ -10,10 +10,10 @@ from typing import Any
 import lightning as L
 
 from visplice.train.data.cached_tokens import TokenSet, with_tokens
-from visplice.train.data.features import FeatureSet, is_feature_folder
 from visplice.train.data.loader import EvaluationLoader, ShardLoader
 from visplice.train.data.samples import Source
 from visplice.train.data.shard_set import ShardSet
+from visplice.train.features.features import FeatureSet, is_feature_folder
 
 DECODING = ("fast", "exact")
 

@@ -106,7 +106,7 @@ def check_record(record: Any) -> None:
     """
     if not isinstance(record, dict):
         raise Fault("wrong-type", f"the record is a {type(record).__name__}, not an object")
-    _check_depth(record)
+    check_depth(record)
     for field in ("images", "captions"):
         texts = record.get(field)
         if texts is not None and not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
@@ -133,8 +133,12 @@ def check_text(text: str) -> None:
         raise Fault("not-utf8", f"{_short(text)} holds half of a surrogate pair ({error.reason})") from None
 
 
-def _check_depth(record: dict[str, Any]) -> None:
-    """Refuses what JSON can read and neither JSON nor pickle can write: each level costs them a call."""
+def check_depth(record: Mapping[str, Any]) -> None:
+    """Refuses what JSON can read and neither JSON nor pickle can write: each level costs them a call.
+
+    Raises:
+        Fault: `bad-json`.
+    """
     level: list[Any] = [record]
     for _ in range(_MAX_DEPTH):
         parts = (part for item in level for part in (item.values() if isinstance(item, dict) else item))

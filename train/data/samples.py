@@ -57,16 +57,18 @@ class Samples(torch.utils.data.Dataset):
                 sample = source.read(address.shard, address.slot)
                 rows.append(self._preparer(sample, sample_random(self._seed, address)))
             except Fault as fault:
-                skipped.append((self._name(address), fault.name, str(fault)))
+                shard, key = self._name(address)
+                skipped.append((f"{shard}: {key}", fault.name, str(fault).removeprefix(f"{key}: ")))
             except OSError as error:  # it would come out of a worker as a page of traceback
                 return None, skipped, str(error)
         return self._preparer.collate(rows), skipped, ""
 
-    def _name(self, address: Address) -> str:
+    def _name(self, address: Address) -> tuple[str, str]:
+        """Shard and key of a sample, also of one that cannot be read."""
         source = self._sources[address.source]
         slots = getattr(source, "slots", None)
         key = slots(address.shard)[address.slot].key if slots else f"sample {address.slot}"
-        return f"{source.names[address.shard]}: {key}"
+        return source.names[address.shard], key
 
 
 class SkippedSamples:

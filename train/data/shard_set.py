@@ -135,7 +135,7 @@ class ShardSet:
             largest = sum(sorted(entry["bytes"] for entry in self._entries)[-num_shards:])
             if largest > self._remote.limit:
                 raise ValueError(
-                    f"{self.path}: {num_shards} shards are used at a time, up to {largest / 1e9:.1f} GB, but "
+                    f"{self.path}: {num_shards} shards are used at a time, up to {largest / 1e9:.3g} GB, but "
                     f"data.cache_gb is {self._remote.limit / 1e9:g}; raise it, or lower data.shuffle_shards"
                 )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,16 @@ from visplice.train.data.tar_members import Member, tar_members
 from visplice.vision.image_facts import IMAGE_SUFFIXES
 
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)  # key, suffix
-_MAX_TEXT = 1 << 26  # bytes of a record or caption that are read
-_MAX_PICTURE = 1 << 30  # bytes of a picture that are read
+MAX_TEXT = 1 << 26  # bytes of a record or caption that are read
+MAX_PICTURE = 1 << 30  # bytes of a picture that are read
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """One sample of a shard: where its members lie, or why it cannot be read."""
+    """One sample of a shard: where its members lie, or why it cannot be read.
+
+    A fault without members is no sample, but a place where the file is broken.
+    """
 
     key: str
     members: dict[str, tuple[int, int]] = field(default_factory=dict)  # suffix to offset and length, bytes
@@ -55,7 +58,6 @@ class _Builder:
         self._slots: list[Slot] = []
         self._breaks: list[int] = []  # slots that hold no sample, but the fault of a place between members
         self._seen: set[str] = set()
-        self._suffixes: set[str] = set()  # of the last sample, also those that its fault has made useless
         self._last = ""
 
     def add(self, member: Member) -> None:
@@ -64,22 +66,19 @@ class _Builder:
         fault = member.fault or self._name_fault(member, shown, known=match is not None)
         if fault is None and (match is None or (shown.startswith("__") and shown.endswith("__"))):
             return  # as WebDataset does
-        key, suffix = (match[1], match[2].lower()) if match else (shown, "")
+        key, suffix = match.groups() if match else os.path.splitext(shown)
+        suffix = suffix.lower()
         self._last = shown
         current = self._current(key)
-        if current is not None and suffix not in self._suffixes:
-            self._suffixes.add(suffix)
-            if current.fault is None and fault is None:
-                current.members[suffix] = member.offset, member.length
-            elif current.fault is None:
-                self._slots[-1] = Slot(key=key, fault=fault)
+        if current is not None and suffix not in current.members:
+            current.members[suffix] = member.offset, member.length
+            if current.fault is None and fault is not None:
+                self._slots[-1] = replace(current, fault=fault)
             return
         if fault is None and key in self._seen:
             fault = Fault("duplicate-key", f"{self._file}: key {key} stood in this shard before; the first is kept")
         self._seen.add(key)
-        self._suffixes = {suffix}
-        members = {} if fault else {suffix: (member.offset, member.length)}
-        self._slots.append(Slot(key=key, members=members, fault=fault))
+        self._slots.append(Slot(key=key, members={suffix: (member.offset, member.length)}, fault=fault))
 
     def add_break(self, fault: Fault) -> None:
         where = f"behind {self._last}" if self._last else "at its beginning"
@@ -92,11 +91,11 @@ class _Builder:
             before, gap = self._slots[-2:]
             if before.key == key:
                 self._breaks.pop()
-                self._slots[-2:] = [before if before.fault else Slot(key=key, fault=gap.fault)]
+                self._slots[-2:] = [before if before.fault else replace(before, fault=gap.fault)]
         return self._slots[-1] if self._slots and self._slots[-1].key == key else None
 
     def _name_fault(self, member: Member, shown: str, *, known: bool) -> Fault | None:
-        if shown.startswith("/") or "\0" in shown or ".." in re.split(r"[/\\]", shown):
+        if shown.startswith("/") or "\0" in shown or (".." in shown and ".." in re.split(r"[/\\]", shown)):
             return Fault("unsafe-name", f"{self._file}: member {shown} leads out of the folder")
         if shown != member.name:
             return Fault("not-utf8", f"{self._file}: member name {shown} is not UTF-8")
@@ -110,7 +109,7 @@ class _Builder:
             fault = self._slots[index].fault
             for neighbour in (index - 1, index + 1):
                 if 0 <= neighbour < len(self._slots) and self._lacks_member(self._slots[neighbour]):
-                    self._slots[neighbour] = Slot(key=self._slots[neighbour].key, fault=fault)
+                    self._slots[neighbour] = replace(self._slots[neighbour], fault=fault)
                     del self._slots[index]
                     break
         return self._slots
@@ -145,16 +144,16 @@ def read_slot(descriptor: int, slot: Slot, *, images: bool = True) -> Sample:
             raise Fault("missing-image", f"the record names {slot.key}.{suffix}, which is not in the shard")
     check_marks(record, len(named))
     # A picture that is named twice is read once.
-    data = {suffix: _read(descriptor, slot, suffix, _MAX_PICTURE) if images else b"" for suffix in named}
+    data = {suffix: _read(descriptor, slot, suffix, MAX_PICTURE) if images else b"" for suffix in named}
     return Sample(key=slot.key, images=tuple((suffix, data[suffix]) for suffix in named), record=record)
 
 
 def _record(descriptor: int, slot: Slot) -> dict[str, Any]:
     """The record of a slot; `key.txt` is its caption where `key.json` has no text, as img2dataset writes them."""
-    record: Any = load_json(_read(descriptor, slot, "json", _MAX_TEXT)) if "json" in slot.members else None
+    record: Any = load_json(_read(descriptor, slot, "json", MAX_TEXT)) if "json" in slot.members else None
     if "txt" in slot.members and (record is None or (isinstance(record, dict) and not has_text(record))):
         try:
-            text = _read(descriptor, slot, "txt", _MAX_TEXT).decode().strip()
+            text = _read(descriptor, slot, "txt", MAX_TEXT).decode().strip()
         except UnicodeDecodeError as error:
             raise Fault("not-utf8", f"{slot.key}.txt is not UTF-8 ({error})") from None
         record = {**(record or {}), "captions": [text]}

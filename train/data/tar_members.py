@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import os
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from visplice.train.data.record import Fault
 
 _BLOCK = tarfile.BLOCKSIZE
-_CHUNK = 1 << 22  # bytes read at a time where nothing but zeros or garbage is
+_CHUNK = 1 << 20  # bytes read at a time where nothing but zeros or garbage is
+_ZEROS = bytes(_CHUNK)
 _MAX_HEADER = 1 << 16  # bytes of a header that holds a long name; Linux takes paths of 4096
 _MAGIC, _MAGIC_AT = b"ustar", 257
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
@@ -64,7 +67,7 @@ def tar_members(descriptor: int, file: Path) -> Iterator[Member | Fault]:
         header = _parse(block)
         if header is None:
             start, at = at, _next_header(descriptor, at, size)
-            if size - start < _BLOCK:
+            if size - start < _BLOCK and not (start == 0 and _compression(block)):
                 break
             yield Fault("damaged-tar", _damage(file, block, start, at))
             told, problem, ended = {}, "", True  # where the garbage goes on to the end, that is said
@@ -88,10 +91,11 @@ def tar_members(descriptor: int, file: Path) -> Iterator[Member | Fault]:
             at += _padded(header.size)
             continue
         length = _length(header, told)
-        name = told[b"path"].decode("utf-8", "surrogateescape") if b"path" in told else header.name
+        path = told.get(b"GNU.sparse.name", told.get(b"path"))
+        name = header.name if path is None else path.decode("utf-8", "surrogateescape")
         sparse = any(key.startswith(b"GNU.sparse.") for key in told)
         if length is None:
-            problem, length = f"the header at byte {start} says no size", 0
+            problem, length = "its size in a pax header is no number", header.size
         cut = at + length > size
         if kind != tarfile.DIRTYPE:
             shown = name.encode("utf-8", "backslashreplace").decode()
@@ -108,7 +112,19 @@ def tar_members(descriptor: int, file: Path) -> Iterator[Member | Fault]:
         yield Fault("truncated-tar", f"{file}: {what}; the copy or download may be cut off")
 
 
-def _parse(block: bytes) -> tarfile.TarInfo | None:
+class _Header(NamedTuple):
+    """What a header says of a plain file; of anything else, tarfile's own class says it."""
+
+    type: bytes
+    size: int
+    name: str
+
+
+def _parse(block: bytes) -> tarfile.TarInfo | _Header | None:
+    """What a block says as a header; None where it is none."""
+    plain = _parse_plain(block)
+    if plain is not None:
+        return plain
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except (tarfile.TarError, ValueError):
@@ -116,11 +132,34 @@ def _parse(block: bytes) -> tarfile.TarInfo | None:
     return header if header.size >= 0 else None
 
 
+def _parse_plain(block: bytes) -> _Header | None:
+    """A header as most are: of a plain file, in ustar's form, with a short name; in a tenth of tarfile's time.
+
+    The sum that a header states takes its own eight bytes for spaces. Adler-32 holds that of all bytes, modulo 65521.
+    """
+    size, stated = block[124:135], block[148:154]
+    if (
+        len(block) != _BLOCK
+        or block[156:157] != tarfile.REGTYPE
+        or block[257:263] != b"ustar\0"
+        or block[345:346] != b"\0"
+    ):
+        return None
+    if not (size.isdigit() and stated.isdigit() and block[135:136] in b"\0 " and block[154:156] == b"\0 "):
+        return None
+    try:
+        total = int(stated, 8) - 8 * ord(" ") + sum(block[148:156])
+        header = _Header(tarfile.REGTYPE, int(size, 8), block[:100].partition(b"\0")[0].decode())
+    except ValueError:  # digits of another base, or a name that is not UTF-8
+        return None
+    return header if zlib.adler32(block) & 0xFFFF == (total + 1) % 65521 else None
+
+
 def _padded(length: int) -> int:
     return -(-length // _BLOCK) * _BLOCK
 
 
-def _length(header: tarfile.TarInfo, told: dict[bytes, bytes]) -> int | None:
+def _length(header: tarfile.TarInfo | _Header, told: dict[bytes, bytes]) -> int | None:
     """Bytes of a member's content in the file; None where a pax record makes nonsense of it."""
     if header.type in _NO_DATA:
         return 0
@@ -151,10 +190,11 @@ def _behind_zeros(descriptor: int, at: int, size: int) -> int:
         chunk = os.pread(descriptor, _CHUNK, at)
         if not chunk:
             break
+        if chunk == _ZEROS[: len(chunk)]:  # by far the quickest way to see it
+            at += len(chunk)
+            continue
         zeros = len(chunk) - len(chunk.lstrip(b"\0"))
-        if zeros < len(chunk):
-            return at + zeros // _BLOCK * _BLOCK
-        at += zeros
+        return at + zeros // _BLOCK * _BLOCK
     return size
 
 
@@ -185,10 +225,13 @@ def _next_header(descriptor: int, at: int, size: int) -> int:
     return size
 
 
+def _compression(block: bytes) -> str | None:
+    return next((name for magic, name in _COMPRESSED.items() if block.startswith(magic)), None)
+
+
 def _damage(file: Path, block: bytes, start: int, end: int) -> str:
-    if start == 0:
-        for magic, name in _COMPRESSED.items():
-            if block.startswith(magic):
-                return f"{file}: compressed with {name}; unpack it, so that samples can be read in any order"
-        return f"{file}: no tar file, or its first {end} bytes are overwritten"
-    return f"{file}: {end - start} bytes from {start} on are no part of a tar file"
+    if start:
+        return f"{file}: {end - start} bytes from {start} on are no part of a tar file"
+    if name := _compression(block):
+        return f"{file}: compressed with {name}; unpack it, so that samples can be read in any order"
+    return f"{file}: no tar file, or its first {end} bytes are overwritten"

@@ -9,6 +9,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import DupFd
 from typing import Any, TypeVar
@@ -53,7 +54,8 @@ def run_tasks(
         yield from map(work, tasks)
         return
     context = multiprocessing.get_context("forkserver")  # a plain fork would copy the threads of torch half
-    context.set_forkserver_preload([preload])
+    context.set_forkserver_preload([__name__, preload])
+    resource_tracker.ensure_running()  # by itself it starts with the first worker, and then lets SIGINT through again
     workers: dict[Connection, Any] = {}
     queue = iter(tasks)
     try:
@@ -122,6 +124,7 @@ def _died(process: Any) -> ChildProcessError:
 
 def _serve(work: Callable[[Any], Any], connection: Connection, lock: Lock) -> None:
     """What a worker does: tasks, until there are no more or its parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
