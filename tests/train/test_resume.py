@@ -272,9 +272,7 @@ def test_no_code_is_run(copied, monkeypatch):
     monkeypatch.chdir(copied)
     file = checkpoints(copied)[-1]
     torch.save({**read(file), "more": Code()}, file)
-    with pytest.raises(
-        ValueError, match=r"more than tensors and plain values, such as posix\.mkdir; nothing in it"
-    ):
+    with pytest.raises(ValueError, match=r"more than tensors and plain values, such as posix\.mkdir; nothing in it"):
         choose(copied, str(file))
     file.write_bytes(pickle.dumps(Code(), protocol=2))
     with pytest.raises(ValueError, match="not a whole checkpoint"):
@@ -287,9 +285,7 @@ def test_no_code_is_run(copied, monkeypatch):
 def test_file_of_something_else_is_refused(copied):
     file = checkpoints(copied)[-1]
     torch.save({"state_dict": {}}, file)
-    with pytest.raises(
-        ValueError, match=r"no checkpoint of a visplice run, optimizer_states, lr_schedulers, "
-    ):
+    with pytest.raises(ValueError, match=r"no checkpoint of a visplice run, optimizer_states, lr_schedulers, "):
         choose(copied, str(file))
     torch.save(torch.ones(2), file)
     with pytest.raises(ValueError, match="no checkpoint of a visplice run"):
