@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from visplice.lm import cpu_attention
 from visplice.lm.config import LlamaConfig
 from visplice.lm.experts import FeedForward, SparseFeedForward
 from visplice.lm.frozen import RMSNorm
@@ -120,6 +121,8 @@ class Attention(nn.Module):
             q, k, v = (_fold(F.pad(side, (0, 0, 0, short)), context.chunk) for side in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
             return _unfold(out, length)
+        if cpu_attention.pays(q, mask):
+            return cpu_attention.attention(q, k, v, mask)
         if mask is not None and not isinstance(mask, Tensor):
             return _flex_attention()(q, k, v, block_mask=mask, enable_gqa=grouped)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)

@@ -116,15 +116,20 @@ def names(out: Path) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """When to kill: `seconds` behind the start, or behind the row of a step, or behind the first byte of a file."""
+    """When to kill: `seconds` behind the start or behind the first byte of a file, or so much of a step behind one.
 
-    seconds: float
-    step: int | None = None
+    Steps are counted, and measured while they pass: the speed of a machine that others use changes from run to run.
+    """
+
+    seconds: float = 0.0
     file: str | None = None
+    step: int | None = None
+    share: float = 0.0
 
     def __str__(self) -> str:
-        what = f"{self.file}" if self.file else f"step {self.step}" if self.step else "the start"
-        return f"{self.seconds:.3f} s behind {what}"
+        if self.step is not None:
+            return f"{self.share:.2f} steps behind step {self.step}"
+        return f"{self.seconds:.3f} s behind {self.file or 'the start'}"
 
     def came(self, out: Path) -> bool:
         if self.file is not None:
@@ -132,7 +137,7 @@ class Moment:
         return self.step is None or last_step(out) >= self.step
 
 
-def draw(rng: random.Random, setting: Setting, done: int, startup: float, per_step: float) -> Moment:
+def draw(rng: random.Random, setting: Setting, done: int, startup: float) -> Moment:
     """A random moment of a run that has so many steps behind it."""
     steps, kind = STEPS[setting.stage], rng.random()
     if kind < 0.15 or done >= steps:
@@ -140,18 +145,22 @@ def draw(rng: random.Random, setting: Setting, done: int, startup: float, per_st
     due = [step for step in (*range(EVERY, steps, EVERY), steps) if step > done]
     if kind < 0.4:
         return Moment(file=f"step-{rng.choice(due):09d}.ckpt.partial", seconds=rng.uniform(0, 0.02))
-    return Moment(step=rng.randint(done + 1, steps), seconds=rng.uniform(0, 1.5 * per_step))
+    return Moment(step=rng.randint(done + 1, steps), share=rng.uniform(0, 1.5))
 
 
 def run_killed(words: list[str], out: Path, log: Path, moment: Moment) -> bool:
     """Runs and kills; returns whether there was something to kill."""
     process, end = start(words, log), time.monotonic() + TIMEOUT
+    seen, at, took = last_step(out), 0.0, 0.1
     while not moment.came(out) and time.monotonic() < end:
         if process.poll() is not None:
             break
+        if last_step(out) > seen:
+            now = time.monotonic()
+            seen, took, at = last_step(out), now - at if at else took, now
         time.sleep(0.001)
     try:
-        process.wait(moment.seconds)
+        process.wait(moment.seconds + moment.share * took)
     except subprocess.TimeoutExpired:
         kill(process)
         return True
@@ -205,7 +214,6 @@ def main() -> int:
             begin = time.time()
             seconds = run(setting.words(folder / "data", final), output)
             startup = (final / "logs" / "hparams.yaml").stat().st_mtime - begin  # written with the first row
-            per_step = max(0.01, (seconds - startup) / STEPS[setting.stage])
             tell(f"{setting}: undisturbed {seconds:.1f} s, {startup:.1f} s of them before training")
             left, good, chain = options.kills, 0, 0
             while left:
@@ -214,7 +222,7 @@ def main() -> int:
                 words, kills = setting.words(folder / "data", out), min(left, rng.randint(1, options.chain))
                 left -= kills
                 for number in range(1, kills + 1):
-                    moment = draw(rng, setting, last_step(out), startup, per_step)
+                    moment = draw(rng, setting, last_step(out), startup)
                     killed = run_killed(words, out, output, moment)
                     there = [name for name in names(out) if name.endswith(".ckpt")]
                     behind = there[-1].removesuffix(".ckpt") if there else "no checkpoint"

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import yaml
+from lightning.pytorch.utilities import rank_zero_only
 
 FORMAT = 1
 _ADVICE = ". That run can go on as it began, or a new one can begin in another --out"
@@ -83,7 +84,7 @@ def choose(out: str | Path, resume: str | None) -> Start | None:
         except ValueError as error:
             damaged.append(str(error))
             continue
-        for line in damaged:
+        for line in damaged if rank_zero_only.rank == 0 else ():  # type: ignore[attr-defined]
             print(f"{line}; the one before it is taken", file=sys.stderr)
         return start
     if damaged:

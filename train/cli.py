@@ -158,6 +158,7 @@ class StageCLI(LightningCLI):
         if start is not None:
             refuse_other_shapes(start, model.kept())
             model.refuse_other_frozen(start.content["frozen"])
+        if start is not None and self.trainer.is_global_zero:
             print(f"weights of {start.file}, behind step {start.step}")
         self.trainer.validate(model, **kwargs, ckpt_path=start.file if start else None, weights_only=True)
 

@@ -51,7 +51,16 @@ class _Curves(CSVLogger):
         return self._experiment
 
     def save(self) -> None:
-        self.experiment.save()  # without the file of hyperparameters: the config lies in the output folder
+        """Writes what is new, without the file of hyperparameters: the config lies in the output folder.
+
+        Raises:
+            OSError: the disk is full, for one.
+        """
+        try:
+            self.experiment.save()
+        except OSError as error:
+            file = self.experiment.metrics_file_path
+            raise OSError(f"{file}: cannot be written ({error.strerror}); checkpoints are unchanged") from error
 
 
 class _Rows(ExperimentWriter):

@@ -89,6 +89,9 @@ class Checkpoints(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._step, self._renamed = trainer.global_step, True
+        if trainer.is_global_zero:
+            for left_over in (self.out / "checkpoints").glob("step-*.ckpt.partial"):  # of a process that was killed
+                left_over.unlink()
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self._rename(trainer)

@@ -47,7 +47,10 @@ class AlignPreparer:
             said = [{"role": "user", "content": MARK}, {"role": "assistant", "content": caption}]
             row["piece"] = piece = single(self.prompts.build(said))
             if self.max_length is not None and len(piece) > self.max_length:
-                raise Fault("too-long", f"{sample.key} needs {len(piece)} positions, of {self.max_length}")
+                raise Fault(
+                    "too-long",
+                    f"{sample.key} needs {len(piece)} positions for its caption, max_length is {self.max_length}",
+                )
         return row
 
     def collate(self, rows: list[Row]) -> dict[str, Any]:
@@ -118,9 +121,9 @@ class InstructPreparer:
     def _questions(self, messages: list[dict[str, Any]], sample: Sample) -> tuple[list[Piece], int]:
         """Every question as a conversation of its own, joined where they begin alike, without those that do not fit.
 
-        The pictures are those of the first question: a VQA set asks everything about the same ones.
+        All pictures stand in front of each: a VQA set asks everything about the same ones.
         """
-        marks = MARK * messages[0]["content"].count(MARK)
+        marks = MARK * len(sample.images)
         prompts = []
         for index in range(0, len(messages), 2):
             question = marks + messages[index]["content"].replace(MARK, "").lstrip()
