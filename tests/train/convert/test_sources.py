@@ -264,7 +264,7 @@ def textcaps(*rows):
             "caption_id": number,
             "caption_str": caption,
             "image_classes": ["Car"],
-            "flickr_original_url": f"https://farm/{picture}.jpg",
+            "flickr_original_url": f"https://photos.example/{picture}.jpg",
             "image_id": picture,
             "image_path": f"train/{picture}.jpg",
             "reference_strs": [other for name, other in rows if name == picture],
@@ -281,8 +281,8 @@ def test_textcaps_one_sample_a_picture(tmp_path):
     images = touch(tmp_path / "images", "train_images/beef01.jpg")
     source = textcaps_source(write(tmp_path / "TextCaps_0.1_train.json", content), images)
     assert records(source) == [
-        {"id": "0054c9", "captions": ["A sign.", "It says stop."], "url": "https://farm/0054c9.jpg"},
-        {"id": "beef01", "captions": ["A book."], "url": "https://farm/beef01.jpg"},
+        {"id": "0054c9", "captions": ["A sign.", "It says stop."], "url": "https://photos.example/0054c9.jpg"},
+        {"id": "beef01", "captions": ["A book."], "url": "https://photos.example/beef01.jpg"},
     ]
     assert source.entries[0].images == ("train_images/0054c9.jpg",)
     assert sorted(faults(source)) == [("duplicate-id", "0"), ("no-text", "3")]

@@ -218,7 +218,7 @@ def test_textvqa(tmp_path):
             "question": f"what is number {number}?",
             "image_id": "0054c91397f2fe05",
             "image_classes": ["Footwear"],
-            "flickr_original_url": "https://farm/x.jpg",
+            "flickr_original_url": "https://photos.example/x.jpg",
             "image_width": 1024,
             "image_height": 664,
             "answers": ["nokia", "nokia", "toshiba"],
@@ -232,7 +232,7 @@ def test_textvqa(tmp_path):
     source = vqa_source("textvqa", file, None, touch(tmp_path, "0054c91397f2fe05.jpg"))
     assert source.entries[0].images == ("0054c91397f2fe05.jpg",)
     record = records(source)[0]
-    assert (record["conversations"][1]["value"], record["url"]) == ("nokia", "https://farm/x.jpg")
+    assert (record["conversations"][1]["value"], record["url"]) == ("nokia", "https://photos.example/x.jpg")
     assert record["questions"][1] == {
         "question_id": 1,
         "question": "what is number 1?",
