@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-_MODULES = {"import": "importing"}  # where a verb is no name for a module
+_MODULES = {"import": "importing", "eval": "evaluate"}  # where a verb is no name for a module
 _DATA_JOBS = {
     "convert": "published files and folders of images to shards",
     "merge": "one manifest for shards that several machines made",
@@ -142,6 +142,10 @@ def build_parser() -> argparse.ArgumentParser:
     for job, text in _DATA_JOBS.items():
         import_module(f"visplice.app.data_{job}").add_arguments(jobs.add_parser(job, help=text))
 
+    evaluate = verbs.add_parser("eval", help="a model's answers to a benchmark, their score and a report")
+    import_module("visplice.app.evaluate").add_arguments(evaluate)
+    _add_llava(evaluate)
+    _add_device(evaluate)
     import_module("visplice.app.score").add_arguments(
         verbs.add_parser("score", help="the score of answers to a benchmark, as its official tool gives it")
     )

@@ -181,7 +181,7 @@ class VisionLlama(nn.Module):
         built = [self.prompts.build(messages, add_generation_prompt=True, tools=tools) for messages in conversations]
         rows = self._embed_prompts(built, images)
         embeddings, lengths = pad_left(rows)
-        known = _sayable(self.tokenizer)
+        known = sayable(self.tokenizer)
         return generate(self.lm, embeddings, lengths, sampling, self.prompts.stop_ids, num_ids=known)
 
     @torch.inference_mode()
@@ -210,7 +210,7 @@ class VisionLlama(nn.Module):
         return rows
 
 
-def _sayable(tokenizer: Tokenizer) -> int:
+def sayable(tokenizer: Tokenizer) -> int:
     """Ids that an answer is made of: an export has its sentinels and `<image>` behind them."""
     count, controls = tokenizer.vocab_size, tokenizer.controls
     if START in controls and END in controls:
