@@ -111,7 +111,8 @@ def _controls(told: Mapping[str, Any]) -> str:
             "pictures, and says what the pictures are worth.</p>"
         )
     lines = []
-    for name, score in (("the right picture", told["score"]), *told["controls"].items()):
+    scores = {"the right picture": told["score"]} | {f"{name} pictures": one for name, one in told["controls"].items()}
+    for name, score in scores.items():
         low, high = score["interval"]
         blind = "" if name == "the right picture" else " blind"
         width = max(0.0, min(1.0, score["score"])) * 16

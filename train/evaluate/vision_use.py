@@ -22,16 +22,15 @@ def vision_use(seeing: Scored, blind: Mapping[str, Scored], *, seed: int) -> dic
     of_blind = dict(zip(best.ids, best.scores, strict=True))
     differences = [score - of_blind[one] for one, score in zip(seeing.ids, seeing.scores, strict=True)]
     low, high = interval(differences, seed)
-    used = low > 0
-    range_ = f"95 % interval {low:+.4f} to {high:+.4f}, against the control '{name}'"
-    if used:
-        verdict = f"the picture is used: it is worth {mean(differences):+.4f} ({range_})"
-    else:
-        verdict = f"no sign that the picture is used: {mean(differences):+.4f} ({range_})"
+    difference, used = mean(differences), low > 0
+    told = "{:+.3f}" if seeing.measure == "CIDEr-D" else "{:+.2%}"
+    worth, least, most = (told.format(value).replace("%", " points") for value in (difference, low, high))
+    beside = f"95 % interval {least} to {most}, beside {name} pictures"
+    verdict = f"the picture is used: it is worth {worth}" if used else f"no sign that the picture is used: {worth}"
     return {
         "control": name,
-        "difference": mean(differences),
+        "difference": difference,
         "interval": [low, high],
         "used": used,
-        "verdict": verdict,
+        "verdict": f"{verdict} ({beside})",
     }

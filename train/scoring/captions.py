@@ -18,7 +18,8 @@ def score_captions(annotations: JsonFile, predictions: JsonFile, questions: Json
     """Scores one caption for each picture; `score` is CIDEr-D, from 0 to 10.
 
     Args:
-        annotations: COCO's `{"annotations": [{image_id, caption}]}`.
+        annotations: COCO's `{"annotations": [{image_id, caption}]}`, or TextCaps' `{"data": [{image_id,
+            caption_str}]}`.
         predictions: `[{image_id, caption}]`.
         questions: there are none.
 
@@ -29,11 +30,14 @@ def score_captions(annotations: JsonFile, predictions: JsonFile, questions: Json
     if questions is not None:
         raise ValueError(f"captions answer no questions; leave --questions {questions.path} out")
     kind = "a whole number or text"
+    value = annotations.value
+    textcaps = isinstance(value, dict) and "annotations" not in value and "data" in value
+    key, text = ("data", "caption_str") if textcaps else ("annotations", "caption")
     references: dict[int | str, list[str]] = {}
-    for index, row in enumerate(annotations.rows("annotations")):
-        where = f"annotations[{index}]"
+    for index, row in enumerate(annotations.rows(key)):
+        where = f"{key}[{index}]"
         image = field(annotations, row, "image_id", kind, where=where)
-        references.setdefault(image, []).append(field(annotations, row, "caption", "text", where=where))
+        references.setdefault(image, []).append(field(annotations, row, text, "text", where=where))
     written = one_answer_each(
         predictions, annotations, references, id_field="image_id", answer_field="caption", id_kind=kind
     )
