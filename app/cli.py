@@ -16,6 +16,10 @@ _DATA_JOBS = {
     "curate": "leave out or clean samples, and undo it",
     "encode": "frozen features once, to train on them without the encoder",
 }
+_MEASURES = {
+    "perplexity": "of the decoder on a text, with and without the extension",
+    "choice": "multiple-choice questions by the likelihood of their choices",
+}
 _STAGES = {"align": "stage 1: align pictures with captions", "instruct": "stage 2: instruction tuning"}
 
 
@@ -149,6 +153,15 @@ def build_parser() -> argparse.ArgumentParser:
     import_module("visplice.app.score").add_arguments(
         verbs.add_parser("score", help="the score of answers to a benchmark, as its official tool gives it")
     )
+
+    import_module("visplice.app.compare").add_arguments(
+        verbs.add_parser("compare", help="whether one model is better than another on the same questions")
+    )
+    for verb, text in _MEASURES.items():
+        measure = verbs.add_parser(verb, help=text)
+        import_module(f"visplice.app.{verb}").add_arguments(measure)
+        _add_llava(measure)
+        _add_device(measure)
 
     verbs.add_parser("doctor", help="versions, devices, what is missing")
     return parser

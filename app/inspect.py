@@ -14,10 +14,11 @@ import torch
 import yaml
 
 from visplice.app.memory import main_memory, size_text
+from visplice.app.named import extension_named
 from visplice.lm.checkpoint import Checkpoint, open_checkpoint
 from visplice.lm.config import LlamaConfig, family_of
-from visplice.lm.extension import EMBEDDED, Extension, embedded_folder, lm_folder, read_extension
-from visplice.lm.llava import LlavaExtension, llava_in
+from visplice.lm.extension import Extension, lm_folder
+from visplice.lm.llava import LlavaExtension
 from visplice.lm.prompt import IGNORE, PromptBuilder, VisualTokens
 from visplice.lm.templates import template_for
 from visplice.lm.tokenizer import Tokenizer
@@ -35,7 +36,7 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(
             "--image, --answer and --template show a prompt, and a prompt needs a question behind the model"
         )
-    extension = _extension(args.model, args.vision_tower, args.model_base)
+    extension = extension_named(args.model, args.vision_tower, args.model_base)
     if args.yaml:
         print(training_yaml(extension, args.model), end="")
         return 0
@@ -100,13 +101,6 @@ def prompt_table(
         marked = "." if label == IGNORE else str(label)
         lines.append(f"{position:>8}  {token:>7}  {text:<24}  {where:<18}  {marked:>7}")
     return [f"{'position':>8}  {'id':>7}  {'text':<24}  {'image patch':<18}  {'label':>7}", *lines]
-
-
-def _extension(model: str, vision_tower: str | None, model_base: str | None) -> Extension | None:
-    folder = embedded_folder("projector") if model == EMBEDDED else Path(model)
-    if (folder / "visplice.json").is_file():
-        return read_extension(model, vision_tower=vision_tower, model_base=model_base)
-    return llava_in(folder, vision_tower=vision_tower, model_base=model_base)
 
 
 def training_yaml(extension: Extension | None, model: str) -> str:
