@@ -3,10 +3,10 @@
     python tests/lmms_eval_plugin.py
     python tests/lmms_eval_plugin.py --model runs/instruct --questions 200 --ranks 2
 
-The tasks are local: questions about one scene, about two, about none, the same drawn instead of greedy, and choices. Each
-runs through the chat and the simple interface, in batches of 1 and 8, and with --ranks in several processes on the CPU.
-Exit status 1 where an answer, a loss or a score differs from what `VisionLlama.generate` and `forward` give one at a
-time. Needs lmms-eval, see docs/lmms-eval.md; no network.
+The tasks are local: questions about one scene, about two, about none, the same drawn instead of greedy, and choices.
+Each runs through the chat and the simple interface, in batches of 1 and 8, and with --ranks in several processes on the
+CPU. Exit status 1 where an answer, a loss or a score differs from what `VisionLlama.generate` and `forward` give one at
+a time, or a foolish command does not end in one line. Needs lmms-eval, see docs/lmms-eval.md; no network.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def run(folder: Path, name: str, words: list[str], *, launcher: list[str] | None
 def samples(folder: Path, name: str, task: str) -> list[dict[str, Any]]:
     """What lmms-eval logged of a task, by document."""
     [file] = (folder / name).rglob(f"*_samples_{task}.jsonl")
-    return sorted(map(json.loads, file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+    return sorted(map(json.loads, file.read_text().splitlines()), key=lambda sample: int(sample["doc_id"]))
 
 
 def scores(folder: Path, name: str) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def compare(folder: Path, name: str, expected: dict[str, list[Any]], docs: dict[
         logged = samples(folder, name, task)
         answers = [doc["answer"] for doc in docs[task]]
         if task == CHOICES:
-            theirs = [[loss for loss, _ in sample["filtered_resps"]] for sample in logged]
+            theirs = [[float(loss) for loss, _ in sample["filtered_resps"]] for sample in logged]
             worst = max(
                 abs(a - b) for x, y in zip(theirs, expected[task], strict=True) for a, b in zip(x, y, strict=True)
             )

@@ -93,8 +93,8 @@ class VispliceSimple(lmms):
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         raise NotImplementedError(
-            f"{len(requests)} requests are conversations of several rounds (generate_until_multi_round), which visplice "
-            "does not hold under lmms-eval; leave the task out"
+            f"{len(requests)} requests are conversations of several rounds (generate_until_multi_round), "
+            "which visplice does not hold under lmms-eval; leave the task out"
         )
 
 

@@ -123,7 +123,7 @@ def test_both_classes_answer_and_choose(models) -> None:
 @pytest.mark.parametrize(
     ("text", "command_line", "line"),
     [
-        ("pretrained=no/such/folder", {}, "visplice: no/such/folder: "),
+        ("pretrained=no/such/folder", {}, "visplice: no/such/folder/visplice.json: no such file"),
         ("pretrained=embedded,lora=3", {}, "visplice: --model_args holds 'lora', which visplice does not know"),
         ("pretrained=embedded", {"batch_size": "0"}, "visplice: batch_size is 0; it is a whole number, at least 1"),
         ("pretrained=embedded", {"device": "tpu"}, "visplice: device is 'tpu'; it is one of"),
