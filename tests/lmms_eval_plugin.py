@@ -195,7 +195,7 @@ def compare(folder: Path, name: str, expected: dict[str, list[Any]], docs: dict[
             ]
             score, note = told[task]["acc,none"], f"largest difference of a loss {worst:.1e}"
         else:
-            theirs = [sample["filtered_resps"][0].strip() for sample in logged]
+            theirs = [sample["filtered_resps"].strip() for sample in logged]
             differ = sum(a != b for a, b in zip(theirs, expected[task], strict=True))
             chosen, score, note = expected[task], told[task]["match,none"], f"{differ} of {len(theirs)} answers differ"
         ours = sum(a == b for a, b in zip(chosen, answers, strict=True)) / len(answers)
