@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from visplice.lm.decoder import Llama
 from visplice.lm.generate import Sampling, generate, pad_left
-from visplice.lm.prompt import END, IMAGE, START, Prompt, PromptBuilder, Template, VisualTokens
+from visplice.lm.prompt import END, IGNORE, IMAGE, START, Prompt, PromptBuilder, Template, VisualTokens
 from visplice.lm.splice import check_slots, count_slots, slots_differ, splice
 from visplice.lm.tokenizer import StreamDecoder, Tokenizer
 from visplice.projector.lora import adapters
@@ -133,12 +133,54 @@ class VisionLlama(nn.Module):
             own: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
             name = "prompt" if len(prompts) == 1 else f"prompt {number}"
             conversations.append([user_message(prompt, own, name=name)])
-        answers: list[list[int]] = [[] for _ in conversations]
-        for step in self._steps(conversations, _one_sampling(sampling, options)):
-            for row, token in zip(answers, step, strict=True):
-                if token is not None:
-                    row.append(token)
-        return [self.tokenizer.decode(row) for row in answers]
+        return self.answer(conversations, _one_sampling(sampling, options))
+
+    def answer(
+        self, conversations: Sequence[Sequence[Mapping[str, Any]]], sampling: Sampling, *, until: Sequence[str] = ()
+    ) -> list[str]:
+        """Answers the last message of every conversation, all of them in one batch.
+
+        Args:
+            conversations: messages as for `chat`.
+            sampling: how to draw.
+            until: texts that end an answer and do not belong to it, beside the family's own stop tokens.
+        Returns:
+            One answer per conversation.
+        """
+        rows: list[list[int]] = [[] for _ in conversations]
+        ended = [False] * len(rows)
+        for step in self._steps(conversations, sampling):
+            for number, token in enumerate(step):
+                if token is None:
+                    ended[number] = True
+                elif not ended[number]:
+                    rows[number].append(token)
+                    ended[number] = bool(until) and any(end in self.tokenizer.decode(rows[number]) for end in until)
+            if all(ended):
+                break
+        answers = [self.tokenizer.decode(row) for row in rows]
+        return [min((text.split(end, 1)[0] for end in until), key=len, default=text) for text in answers]
+
+    @torch.inference_mode()
+    def log_probs(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[tuple[Tensor, Tensor]]:
+        """How likely the model is to say what the assistant says in each conversation, all of them in one batch.
+
+        Returns:
+            For each conversation two tensors `[A]`, over the assistant's tokens and those that end its turns: their
+            log-probabilities in float32, among the ids that `generate` draws from, and whether each is the likeliest.
+        """
+        built = [self.prompts.build(messages) for messages in conversations]
+        rows = self._embed_prompts(built, [images_of(messages) for messages in conversations])
+        # Padding stands behind the rows, where causal attention does not look.
+        hidden = self.lm.hidden(nn.utils.rnn.pad_sequence(rows, batch_first=True))
+        known, found = _sayable(self.tokenizer), []
+        for row, prompt in zip(hidden, built, strict=True):
+            labels = torch.tensor(prompt.labels[1:], device=row.device)
+            places = (labels != IGNORE).nonzero()[:, 0]
+            logits = self.lm.logits(row[places])[:, :known].float()
+            said = labels[places]
+            found.append((logits.log_softmax(-1).gather(-1, said[:, None])[:, 0], logits.argmax(-1) == said))
+        return found
 
     def chat(
         self,

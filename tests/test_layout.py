@@ -31,6 +31,8 @@ ONLY_IN = {
     "gradio": ("app/",),
     "fastapi": ("app/",),
     "transformers": ("lm/export.py",),
+    "lmms_eval": ("app/lmms/",),
+    "accelerate": ("app/lmms/",),
 }
 # `visplice --help` has to be quick, so these are imported by the verb that needs them.
 HEAVY = (
@@ -124,6 +126,7 @@ def test_imports_point_one_way() -> None:
         ("train/align.py", "from gradio import Blocks"),
         ("lm/checkpoint.py", "import transformers"),
         ("train/align.py", "from pytorch_lightning import Trainer"),
+        ("app/score.py", "from lmms_eval.api.model import lmms"),
         ("lm/decoder.py", "from .config import LlamaConfig"),
         ("app/ask.py", "from lm.config import LlamaConfig"),
     ],
