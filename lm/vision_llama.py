@@ -173,7 +173,7 @@ class VisionLlama(nn.Module):
         rows = self._embed_prompts(built, [images_of(messages) for messages in conversations])
         # Padding stands behind the rows, where causal attention does not look.
         hidden = self.lm.hidden(nn.utils.rnn.pad_sequence(rows, batch_first=True))
-        known, found = _sayable(self.tokenizer), []
+        known, found = sayable(self.tokenizer), []
         for row, prompt in zip(hidden, built, strict=True):
             labels = torch.tensor(prompt.labels[1:], device=row.device)
             places = (labels != IGNORE).nonzero()[:, 0]

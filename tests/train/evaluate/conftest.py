@@ -43,4 +43,3 @@ def config(scenes, tmp_path):
         return EvalConfig(**given | changes)
 
     return make
-

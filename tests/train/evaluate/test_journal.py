@@ -47,7 +47,7 @@ def test_a_line_that_was_cut_off_is_taken_back(tmp_path):
 
 def test_answers_of_another_run_are_refused_with_what_differs(tmp_path):
     begun(tmp_path).close()
-    with pytest.raises(ValueError, match="prompt was '{question}' and is 'Q: {question}' now; give another --out"):
+    with pytest.raises(ValueError, match=r"prompt was '{question}' and is 'Q: {question}' now; give another --out"):
         Journal(tmp_path, SETTINGS | {"prompt": "Q: {question}"})
 
 
@@ -73,5 +73,5 @@ def test_a_full_disk_says_how_to_go_on(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(journal, "_stream", Full())
-    with pytest.raises(OSError, match="the disk is full under .*; make room and run the same command again"):
+    with pytest.raises(OSError, match=r"the disk is full under .*; make room and run the same command again"):
         journal.add([row(1)])

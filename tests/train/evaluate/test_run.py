@@ -161,7 +161,7 @@ def test_a_bad_picture_can_be_answered_with_nothing(config, broken, tmp_path):
 
 def test_another_prompt_does_not_mix_with_answers_that_are_there(config):
     evaluate(config())
-    with pytest.raises(ValueError, match="prompt was '{question}' and is 'Q: {question}' now; give another --out"):
+    with pytest.raises(ValueError, match=r"prompt was '{question}' and is 'Q: {question}' now; give another --out"):
         evaluate(config(prompt="Q: {question}"))
 
 
@@ -182,7 +182,10 @@ def test_the_other_benchmarks_are_answered_and_scored_in_their_layouts(config, s
     files = {
         "docvqa": {
             "dataset_name": "docvqa",
-            "data": [{"questionId": n, "question": ask, "image": name, "answers": ["3"]} for n, name in enumerate(names)],
+            "data": [
+                {"questionId": number, "question": ask, "image": name, "answers": ["3"]}
+                for number, name in enumerate(names)
+            ],
         },
         "textvqa": {
             "data": [{"question_id": n, "question": ask, "image_id": f"id{n}", "answers": ["3"] * 10} for n in range(3)]

@@ -22,7 +22,7 @@ TEXTVQA = {
 DOCVQA = {
     "dataset_name": "docvqa",
     "dataset_split": "test",
-    "data": [{"questionId": 57344, "question": "What is the date?", "image": "documents/xnbl0037_1.png", "docId": 14465}],
+    "data": [{"questionId": 57344, "question": "What is the date?", "image": "documents/xnbl0037_1.png", "docId": 1}],
 }
 TEXTCAPS = {
     "data": [
@@ -104,7 +104,7 @@ def test_a_wrong_layout_is_refused_with_its_field(read, task, value, message):
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     (tmp_path / "q.json").write_text(json.dumps(VQA))
-    with pytest.raises(ValueError, match="--images .*none: there is no such folder"):
+    with pytest.raises(ValueError, match=r"--images .*none: there is no such folder"):
         read_questions(TASKS["vqav2"], JsonFile.read(str(tmp_path / "q.json")), tmp_path / "none")
 
 
