@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from visplice.train.scoring.bootstrap import interval
+from visplice.train.scoring.compare import MIN_DIFFERENT
 from visplice.train.scoring.result import Scored, mean
 
 
@@ -15,14 +16,15 @@ def vision_use(seeing: Scored, blind: Mapping[str, Scored], *, seed: int) -> dic
     The questions are the same on both sides, so the interval is that of the differences question by question.
 
     Returns:
-        `control`, `difference` of the means over questions, its 95 % `interval`, `used`: whether that is above 0, and
-        `verdict` in words.
+        `control`, `difference` of the means over questions, its 95 % `interval`, `used`: whether that is above 0 and
+        more than a handful of questions tell it, and `verdict` in words.
     """
     name, best = max(blind.items(), key=lambda item: mean(item[1].scores))
     of_blind = dict(zip(best.ids, best.scores, strict=True))
     differences = [score - of_blind[one] for one, score in zip(seeing.ids, seeing.scores, strict=True)]
     low, high = interval(differences, seed)
-    difference, used = mean(differences), low > 0
+    difference = mean(differences)
+    used = low > 0 and sum(one != 0 for one in differences) >= MIN_DIFFERENT
     told = "{:+.3f}" if seeing.measure == "CIDEr-D" else "{:+.2%}"
     worth, least, most = (told.format(value).replace("%", " points") for value in (difference, low, high))
     beside = f"95 % interval {least} to {most}, beside {name} pictures"
