@@ -66,7 +66,7 @@ def test_recipe_from_pictures_to_answers_runs(
 
 
 def test_files_that_the_readme_names_exist() -> None:
-    for name in re.findall(r"(?:app/assets|docs)/[\w.]+", README):
+    for name in re.findall(r"(?:app/assets|docs)/[\w.-]+\w", README):
         assert (ROOT / name).is_file(), name
 
 

@@ -25,14 +25,15 @@ def vision_use(seeing: Scored, blind: Mapping[str, Scored], *, seed: int) -> dic
     low, high = interval(differences, seed)
     difference = mean(differences)
     used = low > 0 and sum(one != 0 for one in differences) >= MIN_DIFFERENT
-    told = "{:+.3f}" if seeing.measure == "CIDEr-D" else "{:+.2%}"
-    worth, least, most = (told.format(value).replace("%", " points") for value in (difference, low, high))
-    beside = f"95 % interval {least} to {most}, beside {name} pictures"
-    verdict = f"the picture is used: it is worth {worth}" if used else f"no sign that the picture is used: {worth}"
+    of_ten = seeing.measure == "CIDEr-D"
+    worth, least, most = (f"{value:.3f}" if of_ten else f"{100 * value:.1f}" for value in (difference, low, high))
+    unit = "CIDEr-D" if of_ten else "points"
+    beside = f"95 % interval {least} to {most}, against {name} pictures"
+    verdict = "the picture is used: it is worth" if used else "no sign that the picture is used:"
     return {
         "control": name,
         "difference": difference,
         "interval": [low, high],
         "used": used,
-        "verdict": f"{verdict} ({beside})",
+        "verdict": f"{verdict} {worth} {unit} ({beside})",
     }

@@ -84,7 +84,7 @@ def test_controls_show_that_the_picture_is_used(config, tmp_path):
     assert told["score"]["score"] > 0.85
     assert all(control["score"] < 0.5 for control in told["controls"].values())
     assert told["vision"]["used"] and told["vision"]["interval"][0] > 0.3
-    assert "the picture is used: it is worth +" in told["vision"]["verdict"]
+    assert "the picture is used: it is worth " in told["vision"]["verdict"]
     shown = lines(tmp_path / "out/blind-shuffled/predictions.jsonl")
     assert all(row["shown"] != row["image"] for row in shown)
 
