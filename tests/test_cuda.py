@@ -10,10 +10,11 @@ from visplice.lm.checkpoint import save_llama
 from visplice.lm.config import LlamaConfig, RopeScaling
 from visplice.lm.decoder import Llama
 from visplice.lm.extension import EMBEDDED, load_extension
+from visplice.train.evaluate.run import EvalConfig, evaluate
 from visplice.train.backbone_vision import VISION
 from visplice.train.data.module import ShardData
 from visplice.train.instruct import Instruct
-from visplice.train.scene_data import write_training
+from visplice.train.scene_data import ANNOTATIONS_FILE, QUESTIONS_FILE, write_test, write_training
 from visplice.train.trainer import fit
 
 pytestmark = pytest.mark.gpu
@@ -42,6 +43,29 @@ def test_seed_repeats_what_is_drawn() -> None:
     model = load_extension(EMBEDDED, device="cuda")
     drawn = {model.generate([PICTURE], ["Describe the picture."], temperature=1.5, seed=3)[0] for _ in range(3)}
     assert len(drawn) == 1
+
+
+def test_a_benchmark_is_answered_as_on_the_cpu(tmp_path: Path) -> None:
+    write_test(tmp_path / "data", count=24, seed=3, questions=3)
+    found = []
+    for device, size in (("cpu", 32), ("cuda", 1), ("cuda", 32)):
+        out = tmp_path / f"{device}-{size}"
+        evaluate(
+            EvalConfig(
+                task="vqav2",
+                model=EMBEDDED,
+                questions=str(tmp_path / "data" / QUESTIONS_FILE),
+                annotations=str(tmp_path / "data" / ANNOTATIONS_FILE),
+                images=str(tmp_path / "data/images"),
+                out=str(out),
+                blind=("shuffled",),
+                batch_size=size,
+                features=str(tmp_path / f"features-{device}"),
+                device=device,
+            )
+        )
+        found.append((out / "predictions.jsonl").read_bytes())
+    assert len(set(found)) == 1
 
 
 def test_stage_2_trains(tmp_path: Path) -> None:
