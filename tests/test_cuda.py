@@ -10,9 +10,9 @@ from visplice.lm.checkpoint import save_llama
 from visplice.lm.config import LlamaConfig, RopeScaling
 from visplice.lm.decoder import Llama
 from visplice.lm.extension import EMBEDDED, load_extension
-from visplice.train.evaluate.run import EvalConfig, evaluate
 from visplice.train.backbone_vision import VISION
 from visplice.train.data.module import ShardData
+from visplice.train.evaluate.run import EvalConfig, evaluate
 from visplice.train.instruct import Instruct
 from visplice.train.scene_data import ANNOTATIONS_FILE, QUESTIONS_FILE, write_test, write_training
 from visplice.train.trainer import fit
