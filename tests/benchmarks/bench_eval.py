@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_eval.py --pictures 1000 --rounds 3
 
-Four questions a picture, greedy, at most 16 tokens, float32, one thread. Both sides are whole processes, start
-included, and alternate. Prints the medians, the median of the ratios round by round, and how many answers are the same.
+Four questions a picture, greedy, at most 16 tokens, one thread. Both sides are whole processes, start included, and
+alternate. Prints the medians, the median of the ratios round by round, and how many answers are the same.
 """
 
 import argparse
@@ -21,20 +21,20 @@ from visplice.train.scene_data import ANNOTATIONS_FILE, QUESTIONS_FILE, image_na
 MAX_NEW_TOKENS = 16
 
 
-def peer(folder, data, out):
+def peer(folder, data, out, dtype):
     """Answers with LlavaForConditionalGeneration, one question after the other."""
     import torch
     from PIL import Image
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     processor = AutoProcessor.from_pretrained(folder)
     answers = []
     for question in json.loads((data / QUESTIONS_FILE).read_text())["questions"]:
         talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question["question"]}]}]
         text = processor.apply_chat_template(talk, add_generation_prompt=True)
         image = Image.open(data / "images" / image_name(question["image_id"])).convert("RGB")
-        inputs = processor(images=image, text=text, add_special_tokens=False, return_tensors="pt")
+        inputs = processor(images=image, text=text, add_special_tokens=False, return_tensors="pt").to(model.dtype)
         with torch.inference_mode():
             ids = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         answer = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -58,10 +58,11 @@ def main():
     parser.add_argument("--pictures", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--peer", nargs=3, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer:
-        peer(*args.peer)
+        peer(*args.peer, args.dtype)
         return
     with tempfile.TemporaryDirectory() as folder:
         data, exported = Path(folder) / "data", Path(folder) / "hf"
@@ -74,9 +75,10 @@ def main():
             command = [*visplice, "eval", "vqav2", "--model", "embedded", "--out", str(out)]
             command += ["--questions", str(data / QUESTIONS_FILE), "--images", str(data / "images")]
             command += ["--annotations", str(data / ANNOTATIONS_FILE), "--batch-size", str(args.batch_size)]
-            command += ["--max-new-tokens", str(MAX_NEW_TOKENS), "--device", "cpu"]
+            command += ["--max-new-tokens", str(MAX_NEW_TOKENS), "--device", "cpu", "--dtype", args.dtype]
             ours.append(cpu_seconds(command))
-            theirs.append(cpu_seconds([sys.executable, __file__, "--peer", str(exported), str(data), str(answers)]))
+            paths = [str(path) for path in (exported, data, answers)]
+            theirs.append(cpu_seconds([sys.executable, __file__, "--dtype", args.dtype, "--peer", *paths]))
             found, expected = (json.loads(file.read_text()) for file in (out / "submission.json", answers))
             same = sum(one == other for one, other in zip(found, expected, strict=True))
             print(
