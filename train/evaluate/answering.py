@@ -24,12 +24,11 @@ PICTURE, BLANK, SHUFFLED = "picture", "blank", "shuffled"  # what the model is s
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """A picture with what is asked about it, as ids."""
+    """A picture with what is asked about it."""
 
     image: str
     shown: str  # the picture that the model gets to see
     questions: list[Question]
-    prompts: list[list[int]]
 
 
 def message(prompt: str, question: str) -> dict[str, Any]:
@@ -62,9 +61,7 @@ def other_pictures(names: Sequence[str], seed: int) -> dict[str, str]:
     return dict(zip(drawn, [*drawn[1:], drawn[0]], strict=True))
 
 
-def plan(
-    model: VisionLlama, questions: Sequence[Question], prompt: str, shown: Mapping[str, str], share: tuple[int, int]
-) -> list[Work]:
+def plan(questions: Sequence[Question], shown: Mapping[str, str], share: tuple[int, int]) -> list[Work]:
     """The pictures of one process with all their questions, those of a size beside each other.
 
     Args:
@@ -75,22 +72,19 @@ def plan(
     for question in questions:
         by_picture.setdefault(question.image, []).append(question)
     process, of = share
-    work = []
-    for name in list(by_picture)[process::of]:
-        own = by_picture[name]
-        built = [
-            model.prompts.build([message(prompt, question.text)], add_generation_prompt=True).ids for question in own
-        ]
-        work.append(Work(image=name, shown=shown.get(name, name), questions=own, prompts=built))
+    work = [
+        Work(image=name, shown=shown.get(name, name), questions=by_picture[name])
+        for name in list(by_picture)[process::of]
+    ]
     # Rows of a batch are as wide as the widest; the order of equals is that of the file.
-    return sorted(work, key=lambda one: (len(one.prompts), sum(map(len, one.prompts))))
+    return sorted(work, key=lambda one: (len(one.questions), sum(len(question.text) for question in one.questions)))
 
 
 def batches(work: Sequence[Work], size: int) -> Iterator[list[Work]]:
     """Pictures whose questions together are at most `size`, and one picture at least."""
     batch: list[Work] = []
     for one in work:
-        if batch and sum(len(other.prompts) for other in batch) + len(one.prompts) > size:
+        if batch and sum(len(other.questions) for other in batch) + len(one.questions) > size:
             yield batch
             batch = []
         batch.append(one)
@@ -104,6 +98,7 @@ def answer_all(
     pictures: Pictures,
     journal: Journal,
     *,
+    prompt: str,
     blank: bool,
     max_new_tokens: int,
     batch_size: int,
@@ -126,7 +121,16 @@ def answer_all(
                 assert features is not None
                 usable.append((one, features))
         if usable:
-            asked = [Asked(prompts=one.prompts, features=features[None]) for one, features in usable]
+            asked = [
+                Asked(
+                    prompts=[
+                        model.prompts.build([message(prompt, question.text)], add_generation_prompt=True).ids
+                        for question in one.questions
+                    ],
+                    features=features[None],
+                )
+                for one, features in usable
+            ]
             answers = answer(model, asked, max_new_tokens=max_new_tokens, at_once=batch_size)
             rows = [
                 {

@@ -208,7 +208,7 @@ class _Run:
 
     def _answer(self, shown: str, journal: Journal, swapped: dict[str, str]) -> None:
         config, place = self.config, self.place
-        work = answering.plan(self.model, self.inputs.questions, self.prompt, swapped, (place.number, place.of))
+        work = answering.plan(self.inputs.questions, swapped, (place.number, place.of))
         journal.begin()
         total = sum(len(one.questions) for one in work)
         of = f", process 1 of {place.of}" if place.of > 1 else ""
@@ -221,6 +221,7 @@ class _Run:
                 work,
                 self.pictures,
                 journal,
+                prompt=self.prompt,
                 blank=shown == answering.BLANK,
                 max_new_tokens=self.max_new_tokens,
                 batch_size=config.batch_size,

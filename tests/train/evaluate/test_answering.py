@@ -32,17 +32,17 @@ def test_every_picture_is_swapped_for_another_each_once():
 
 
 def work(count):
-    return Work(image="x", shown="x", questions=[], prompts=[[1]] * count)
+    return Work(image="x", shown="x", questions=[Question(id=1, text="", image="x")] * count)
 
 
 def test_batches_hold_whole_pictures_up_to_a_number_of_questions():
-    counts = [[len(one.prompts) for one in batch] for batch in batches([work(n) for n in (1, 2, 2, 3, 9, 1)], 4)]
+    counts = [[len(one.questions) for one in batch] for batch in batches([work(n) for n in (1, 2, 2, 3, 9, 1)], 4)]
     assert counts == [[1, 2], [2], [3], [9], [1]]
 
 
-def test_processes_share_the_pictures_and_keep_their_questions_together(model):
+def test_processes_share_the_pictures_and_keep_their_questions_together():
     questions = [Question(id=number, text=f"q {number}", image=f"{number // 3}.png") for number in range(21)]
-    shares = [plan(model, questions, "{question}", {}, (process, 3)) for process in range(3)]
+    shares = [plan(questions, {}, (process, 3)) for process in range(3)]
     assert sorted(one.image for share in shares for one in share) == [f"{number}.png" for number in range(7)]
     assert [len(share) for share in shares] == [3, 2, 2]
     for one in shares[0]:

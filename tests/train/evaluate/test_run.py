@@ -92,9 +92,9 @@ def test_controls_show_that_the_picture_is_used(config, tmp_path):
 def test_a_model_that_does_not_look_is_found_out(config, monkeypatch):
     plan = answering.plan  # every question gets another picture than its own, in the run itself too
 
-    def swapped(model, questions, prompt, shown, share):
+    def swapped(questions, shown, share):
         other = answering.other_pictures(answering.picture_names(questions), 7)
-        return plan(model, questions, prompt, shown or other, share)
+        return plan(questions, shown or other, share)
 
     monkeypatch.setattr(answering, "plan", swapped)
     told = evaluate(config(blind=("shuffled",)))
