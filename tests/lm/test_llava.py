@@ -17,6 +17,7 @@ from tests.lm.llava_models import (
 from visplice.lm.extension import load_extension
 from visplice.lm.generate import Sampling, generate
 from visplice.lm.hf_layout import read_hf_config
+from visplice.lm.shared_prefix import Asked, answer
 from visplice.lm.vision_llama import user_message
 
 QUESTION = "what is the color of the circle?"
@@ -54,9 +55,9 @@ def difference(ours, model, processor, *, images, question=QUESTION):
     return (found - expected).abs().max().item()
 
 
-def greedy(ours, model, processor, image, steps):
-    """Greedy tokens of both models, each through its own cache; rows beyond the tokenizer say nothing in either."""
-    messages = [user_message(QUESTION, [image])]
+def asked_theirs(ours, model, processor, image, steps, question):
+    """Our ids `[1, S]` of a question, and transformers' greedy tokens; rows beyond the tokenizer say nothing."""
+    messages = [user_message(question, [image])]
     ids = torch.tensor([ours.prompts.build(messages, add_generation_prompt=True).ids])
     swapped = torch.where(ids == ours.visual.patch, model.config.image_token_id, ids)
     beyond = list(range(ours.tokenizer.vocab_size, model.config.text_config.vocab_size))
@@ -69,12 +70,18 @@ def greedy(ours, model, processor, image, steps):
         suppress_tokens=beyond,
         pad_token_id=0,
     )[0, ids.shape[1] :]
+    return ids, expected.tolist()
+
+
+def greedy(ours, model, processor, image, steps):
+    """Greedy tokens of both models, each through its own cache."""
+    ids, expected = asked_theirs(ours, model, processor, image, steps, QUESTION)
     features = ours.embed(ids, ours.features(ours.pixels([image])))
     sampling = Sampling(max_new_tokens=steps)
     known = ours.tokenizer.vocab_size
     lengths = torch.tensor([ids.shape[1]])
     found = generate(ours.lm, features, lengths, sampling, ours.prompts.stop_ids, num_ids=known, keep_stops=True)
-    return [step[0] for step in found], expected.tolist()
+    return [step[0] for step in found], expected
 
 
 @pytest.mark.parametrize("resize", ["crop", "pad", "squash"])
@@ -95,6 +102,24 @@ def test_greedy_tokens_are_those_of_transformers_over_64_steps(saved):
     found, expected = greedy(load_extension(folder), model, processor, picture(97, 61), 64)
     assert len(found) == 64 and len(set(found)) > 5
     assert found == expected
+
+
+def test_questions_that_share_a_prefix_get_the_tokens_of_transformers_one_by_one(saved):
+    folder, model, processor = saved
+    ours = load_extension(folder)
+    texts = [QUESTION, "where is the square?", "what is red, and where is the small circle?"]
+    images = [picture(28, 28, seed) for seed in range(3)]
+    asked, expected = [], []
+    for image, count in zip(images, (3, 1, 2), strict=True):
+        found = [asked_theirs(ours, model, processor, image, 12, text) for text in texts[:count]]
+        features = ours.features(pixels_of(processor, [image]))
+        asked.append(Asked(prompts=[ids[0].tolist() for ids, _ in found], features=features))
+        expected.append([tokens for _, tokens in found])
+    stops = set(ours.prompts.stop_ids)
+    for answers, others in zip(answer(ours, asked, max_new_tokens=12), expected, strict=True):
+        for one, tokens in zip(answers, others, strict=True):
+            assert one.ids == [token for token in tokens if token not in stops]
+            assert len(one.ids) > 2
 
 
 @pytest.mark.parametrize("change", [in_memory_name, version_4_name], ids=["in memory", "version 4"])
