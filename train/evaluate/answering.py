@@ -168,11 +168,6 @@ def empty_rows(work: Sequence[Work], done: Mapping[Any, Any]) -> list[dict[str, 
     ]
 
 
-def picture_names(questions: Sequence[Question]) -> list[str]:
-    """Names of the distinct pictures, in the order of the questions."""
-    return list(dict.fromkeys(question.image for question in questions))
-
-
 def folder_of(out: Path, shown: str) -> Path:
     """Where the answers lie that were given to that kind of picture."""
     return out if shown == PICTURE else out / f"blind-{shown}"

@@ -9,15 +9,12 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
 from visplice.train.evaluate.journal import ID, write_text
 from visplice.vision.image import ImageError, open_image
-
-if TYPE_CHECKING:
-    from visplice.train.evaluate.run import Inputs
 
 _EXAMPLES = 12  # of a kind
 _SIDE = 320  # pixels of a picture in the page, at most
@@ -46,7 +43,7 @@ def write_page(
     told: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     scores: Mapping[Any, float] | None,
-    inputs: Inputs,
+    references: Mapping[Any, Sequence[str]],
     images: Path,
 ) -> None:
     """Writes the page.
@@ -55,6 +52,7 @@ def write_page(
         told: what `report.json` says.
         rows: the predictions.
         scores: of each question, None without annotations.
+        references: the right answers of each question, where there are any.
     """
     run = told["run"]
     title = f"{run['task']}: {run['name']}"
@@ -63,7 +61,6 @@ def write_page(
         parts += [_score(told["score"]), _controls(told), *_types(told)]
     else:
         parts.append("<p>No annotations were given, so nothing is scored; the submission file is ready.</p>")
-    references = _references(inputs)
     parts += _examples(rows, scores, references, images)
     parts.append(_made(told))
     write_text(
@@ -229,20 +226,3 @@ def _made(told: Mapping[str, Any]) -> str:
     ]
     lines = "".join(f"<tr><th>{escape(name)}</th><td><code>{escape(text)}</code></td></tr>" for name, text in rows)
     return f"<h2>How it was made</h2><table>{lines}</table>"
-
-
-def _references(inputs: Inputs) -> dict[Any, list[str]]:
-    """The right answers of each question, where there are any."""
-    if (file := inputs.files.get("annotations")) is None:
-        return {}
-    task, found = inputs.task, dict[Any, list[str]]()
-    if task.name in ("coco", "textcaps"):
-        key, text = ("annotations", "caption") if task.name == "coco" else ("data", "caption_str")
-        for row in file.rows(key):
-            found.setdefault(row["image_id"], []).append(row[text])
-        return found
-    for row in file.rows("annotations" if task.name in ("vqav2", "okvqa") else "data"):
-        found[row[task.id_field]] = [
-            answer["answer"] if isinstance(answer, dict) else answer for answer in row["answers"]
-        ]
-    return found

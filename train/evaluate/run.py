@@ -17,7 +17,6 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +27,11 @@ from visplice.lm.extension import EMBEDDED, load_extension, read_extension
 from visplice.lm.fingerprint import fingerprint
 from visplice.lm.vision_llama import VisionLlama
 from visplice.train.evaluate import answering, processes
+from visplice.train.evaluate.inputs import Inputs
 from visplice.train.evaluate.journal import Journal, write_text
 from visplice.train.evaluate.page import write_page
 from visplice.train.evaluate.pictures import FeatureStore, Pictures
-from visplice.train.evaluate.tasks import (
-    QUESTION,
-    TASKS,
-    Question,
-    Task,
-    has_answers,
-    missing_pictures,
-    read_questions,
-)
+from visplice.train.evaluate.tasks import QUESTION, TASKS, Task
 from visplice.train.evaluate.vision_use import vision_use
 from visplice.train.scoring.files import JsonFile, some
 from visplice.train.scoring.result import Scored, report, write_per_question
@@ -84,40 +76,6 @@ class EvalConfig:
                 raise ValueError("--prompt is empty")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """The files of a run, read and checked before a model is opened."""
-
-    task: Task
-    files: dict[str, JsonFile]
-    questions: list[Question]
-
-    @classmethod
-    def read(cls, config: EvalConfig) -> Inputs:
-        """Reads them.
-
-        Raises:
-            ValueError: a file is laid out in another way, pictures are missing, or what scores is not installed.
-            OSError: a file cannot be read.
-        """
-        task = TASKS[config.task]
-        files = {"questions": JsonFile.read(config.questions)}
-        questions = read_questions(task, files["questions"], Path(config.images))
-        if config.annotations is not None:
-            files["annotations"] = JsonFile.read(config.annotations)
-        elif has_answers(task, files["questions"]):
-            files["annotations"] = files["questions"]
-        if task.metric == "captions" and "annotations" in files and find_spec("pycocoevalcap") is None:
-            raise ValueError("captions are scored by pycocoevalcap, which is missing: pip install 'visplice[captions]'")
-        gone = missing_pictures(questions, Path(config.images))
-        if gone and not config.skip_bad_images:
-            raise ValueError(
-                f"--images {config.images}: {len(gone)} of {len(answering.picture_names(questions))} pictures are not "
-                f"there: {some(gone)}; give the right folder, or --skip-bad-images to answer their questions with ''"
-            )
-        return cls(task=task, files=files, questions=questions)
-
-
 def evaluate(config: EvalConfig) -> dict[str, Any] | None:
     """Runs a benchmark, or what an earlier run left of it; returns what `report.json` says, None in helper processes.
 
@@ -125,7 +83,13 @@ def evaluate(config: EvalConfig) -> dict[str, Any] | None:
         ValueError: a file or picture cannot be used, or the folder holds answers of another run.
         OSError: the disk is full, for one; run again, it goes on where it stopped.
     """
-    inputs = Inputs.read(config)
+    inputs = Inputs.read(
+        TASKS[config.task],
+        questions=config.questions,
+        annotations=config.annotations,
+        images=Path(config.images),
+        skip_bad_images=config.skip_bad_images,
+    )
     with processes.joined(torch.device(config.device)) as (place, device):
         model = load_extension(
             config.model,
@@ -181,7 +145,7 @@ class _Run:
     def answer(self, shown: str) -> None:
         """Answers all questions under one kind of picture, and leaves the predictions in order."""
         questions, started = self.inputs.questions, time.perf_counter()
-        names = answering.picture_names(questions)
+        names = self.inputs.pictures
         swapped = answering.other_pictures(names, self.config.seed) if shown == answering.SHUFFLED else {}
         folder = answering.folder_of(Path(self.config.out), shown)
         if self.place.first:  # the others find its settings there
@@ -242,7 +206,7 @@ class _Run:
         told: dict[str, Any] = {
             "run": self.settings(answering.PICTURE) | {"name": self.config.model},
             "num_questions": len(rows),
-            "num_pictures": len(answering.picture_names(self.inputs.questions)),
+            "num_pictures": len(self.inputs.pictures),
             "num_cut_off": sum(not row["complete"] for row in rows),
             "num_empty": sum(not row["answer"] for row in rows),
             "num_without_picture": sum(bool(row.get("no_picture")) for row in rows),
@@ -264,7 +228,7 @@ class _Run:
         }
         write_text(out / REPORT, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
         scores = dict(zip(seeing.ids, seeing.scores, strict=True)) if seeing is not None else None
-        write_page(out / "report.html", told, rows, scores, self.inputs, Path(self.config.images))
+        write_page(out / "report.html", told, rows, scores, self.inputs.references, Path(self.config.images))
         return told
 
     def _score(self, shown: str) -> Scored | None:

@@ -93,7 +93,7 @@ def test_a_model_that_does_not_look_is_found_out(config, monkeypatch):
     plan = answering.plan  # every question gets another picture than its own, in the run itself too
 
     def swapped(questions, shown, share):
-        other = answering.other_pictures(answering.picture_names(questions), 7)
+        other = answering.other_pictures(list(dict.fromkeys(question.image for question in questions)), 7)
         return plan(questions, shown or other, share)
 
     monkeypatch.setattr(answering, "plan", swapped)
