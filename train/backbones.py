@@ -32,13 +32,26 @@ def main() -> None:
     parser.add_argument(
         "--start", type=Path, help="LLaMA folder to go on from, with 0 for the steps of the courses it had"
     )
-    parser.add_argument("--vision-steps", type=int, default=VISION_STEPS, help="default: %(default)s")
+    parser.add_argument(
+        "--vision-steps",
+        type=int,
+        nargs=len(VISION_STEPS),
+        default=list(VISION_STEPS),
+        help="of scenes alone, and of scenes with slips; default: %(default)s",
+    )
+    parser.add_argument("--start-vision", type=Path, help="encoder.safetensors to go on from, likewise")
     parser.add_argument(
         "--compile", action="store_true", help="compile, and multiply in bfloat16: needs a C++ compiler"
     )
     args = parser.parse_args()
     if args.part in ("vision", "both"):
-        train_vision(args.out / "vision", steps=args.vision_steps, seed=args.seed, compiled=args.compile)
+        train_vision(
+            args.out / "vision",
+            steps=args.vision_steps,
+            start=args.start_vision,
+            seed=args.seed,
+            compiled=args.compile,
+        )
     if args.part in ("text", "both"):
         train_text(
             args.out / "lm",
