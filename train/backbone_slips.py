@@ -38,10 +38,18 @@ _SCENE = {f"centre.{name}": size + 1 for name, size in scenes.NUM_ATTRIBUTES.ite
 TABLES = DENSE | _SCENE
 ROLES = (*slips.KEYS, slips.SHOP, slips.ITEM)
 LONGEST = 10  # signs in a value
-# Of the slip in every patch: what its line is, and which sign of the value stands in either cell, 1 + index.
-LINE_LABELS = {"role": len(ROLES) + 1, "value_left": LONGEST + 1, "value_right": LONGEST + 1}
+# Of every patch of a slip: what its line is, the line's first sign, and which sign of the value stands in either cell,
+# 1 + index. The same heads read, where an answer's next sign is due, what is sought: so that the two can meet.
+LINE_LABELS = {
+    "role": len(ROLES) + 1,
+    "initial": DENSE["left"],
+    "value_left": LONGEST + 1,
+    "value_right": LONGEST + 1,
+}
 READ_LABELS = {"line": DENSE["line"], "cell": DENSE["cell"]}  # of an answer's next sign: where it stands
-LINE_LAYER, READ_LAYER = 2, 3
+LINE_LAYER, READ_LAYER = 2, 3  # behind which these have to be known
+BLOCK = slice(2, 2 + 3 + NUM_PATCHES)  # behind begin and user: VIS_START, CLS, patches, VIS_END
+PATCHES = slice(BLOCK.start + 2, BLOCK.stop - 1)
 
 
 @dataclass
@@ -52,7 +60,7 @@ class GridBatch:
     labels: Tensor  # [B, S], answers and their end
     grid: Tensor  # [B, P, T], entries of the tables
     whole: Tensor  # [B], 0 for a slip, 1 + background of a scene
-    lines: Tensor  # [B, P, 3], LINE_LABELS, IGNORE in scenes
+    lines: Tensor  # [B, S, 4], LINE_LABELS of patches and of what is sought; IGNORE elsewhere
     reads: Tensor  # [B, S, 2], READ_LABELS where an answer's next sign is read, else IGNORE
     asked: Tensor  # [B, S, K], where an answer about something in a scene begins: what it is, else IGNORE
 
@@ -96,21 +104,25 @@ class GridBatches:
         grid = slips.grid_of(slip)
         for column, name in enumerate(DENSE):
             batch.grid[row, :, column] = torch.tensor(getattr(grid, name))
-        batch.lines[row] = 0
+        batch.lines[row, PATCHES] = 0
         for patch, (number, cell) in enumerate(zip(grid.line, grid.cell, strict=True)):
             if number:
                 line = slip.lines[number - 1]
                 value = [c - line.start + 1 for c in (cell - 1, cell)]
                 inside = [v if 1 <= v <= len(line.value) else 0 for v in value]
-                batch.lines[row, patch] = torch.tensor([ROLES.index(line.role) + 1, *inside])
+                known = [ROLES.index(line.role) + 1, slips.SIGNS.index(line.text.lstrip()[0]) + 1, *inside]
+                batch.lines[row, PATCHES.start + patch] = torch.tensor(known)
         for start, question in zip(starts, questions, strict=False):
             line = slip.lines[question.line]
             # One token is one sign, but for the blank in front, which has a token of its own or none.
             count = next(i for i in itertools.count(1) if labels[start + i] == self._end) - 1
             blank = count - len(line.value)
+            initial = IGNORE if line.role == slips.SHOP else slips.SIGNS.index(line.text[0]) + 1  # not to be guessed
             for offset in range(count):
-                cell = line.start + max(0, offset - blank)
-                batch.reads[row, start + offset] = torch.tensor([question.line + 1, cell + 1])
+                sign = max(0, offset - blank)
+                batch.reads[row, start + offset] = torch.tensor([question.line + 1, line.start + sign + 1])
+                sought = [ROLES.index(line.role) + 1, initial, sign + 1, sign + 1]
+                batch.lines[row, start + offset] = torch.tensor(sought)
 
     def _scene(self, batch: GridBatch, row: int, most: int) -> None:
         rng = self._rng
@@ -150,7 +162,7 @@ class GridBatches:
                 labels=torch.full((rows, width), IGNORE),
                 grid=torch.zeros(rows, NUM_PATCHES, len(TABLES), dtype=torch.long),
                 whole=torch.zeros(rows, dtype=torch.long),
-                lines=torch.full((rows, NUM_PATCHES, len(LINE_LABELS)), IGNORE),
+                lines=torch.full((rows, width, len(LINE_LABELS)), IGNORE),
                 reads=torch.full((rows, width, len(READ_LABELS)), IGNORE),
                 asked=torch.full((rows, width, len(scenes.NUM_ATTRIBUTES) + 1), IGNORE),
             )
@@ -194,16 +206,13 @@ class LabelHeads(nn.Module):
         return torch.stack([F.cross_entropy(head(hidden), wanted[:, i]) for i, head in enumerate(self.heads)]).mean()
 
 
-BLOCK = slice(2, 2 + 3 + NUM_PATCHES)  # behind begin and user: VIS_START, CLS, patches, VIS_END
-
-
 def train_slips(
     out: Path,
     *,
     start: Path,
     steps: int = SLIP_STEPS,
     seed: int,
-    rows: tuple[int, int, int] = (7, 3, 3),
+    rows: tuple[int, int, int] = (8, 3, 2),
     width: int = 160,
     lr: float = 0.01,
     compiled: bool = False,
@@ -265,19 +274,20 @@ def train_slips(
         supervised, text = answers != IGNORE, (targets != pad) & (answers == IGNORE)
         parts = [slice(num_slips), slice(num_slips, num_slips + num_grids), slice(num_slips + num_grids, None)]
         of_answers = [losses[part][supervised[part]].mean() for part in parts]
-        lines = heads["lines"](taps[LINE_LAYER][: len(seen), BLOCK.start + 2 : BLOCK.stop - 1].float(), grid.lines)
+        lines = heads["lines"](taps[LINE_LAYER][: len(seen), PATCHES].float(), grid.lines[:, PATCHES])
+        sought = heads["lines"](taps[LINE_LAYER][: len(seen), BLOCK.stop :].float(), grid.lines[:, BLOCK.stop :])
         reads = heads["reads"](taps[READ_LAYER][: len(seen)].float(), grid.reads)
         binding = heads["objects"](taps[BINDING_LAYER][len(seen) :].float(), told.objects)
         finding = heads["asked"](taps[FINDING_LAYER].float(), torch.cat((grid.asked, told.asked)))
         loss = 2 * of_answers[0] + of_answers[1] + of_answers[2] + 0.1 * losses[text].mean()
-        loss = loss + lines + 2 * reads + binding + finding
+        loss = loss + 2 * lines + 2 * sought + 2 * reads + binding + finding
         loss.backward()
         step_all(optimizer_list, schedule(step, steps))
         if step % 50 == 0 or step == steps - 1:
             right = (logits.argmax(-1) == answers).float()
             shares = " ".join(f"{right[part][supervised[part]].mean().item():.4f}" for part in parts)
             print(
-                f"step {step} loss {loss.item():.3f} lines {lines.item():.3f} reads {reads.item():.3f} "
+                f"step {step} loss {loss.item():.3f} lines {lines.item():.3f} sought {sought.item():.3f} reads {reads.item():.3f} "
                 f"binding {binding.item():.3f} finding {finding.item():.3f} right {shares} "
                 f"{time.time() - started:.0f}s",
                 flush=True,
