@@ -225,7 +225,8 @@ def train_slips(
     """
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(start / "tokenizer.json", out / "tokenizer.json")
+    if start != out:
+        shutil.copyfile(start / "tokenizer.json", out / "tokenizer.json")
     tokenizer = Tokenizer.from_pretrained(out)
     model = load_llama(start, dtype=torch.float32).train().requires_grad_(True)
     config: LlamaConfig = model.config
@@ -287,8 +288,8 @@ def train_slips(
             right = (logits.argmax(-1) == answers).float()
             shares = " ".join(f"{right[part][supervised[part]].mean().item():.4f}" for part in parts)
             print(
-                f"step {step} loss {loss.item():.3f} lines {lines.item():.3f} sought {sought.item():.3f} reads {reads.item():.3f} "
-                f"binding {binding.item():.3f} finding {finding.item():.3f} right {shares} "
+                f"step {step} loss {loss.item():.3f} lines {lines.item():.3f} sought {sought.item():.3f} "
+                f"reads {reads.item():.3f} binding {binding.item():.3f} finding {finding.item():.3f} right {shares} "
                 f"{time.time() - started:.0f}s",
                 flush=True,
             )

@@ -2,13 +2,15 @@
 
     python -m visplice.train.backbones --compile --out runs/backbones
 
-Neither ever sees a combination of colour, shape and position that `visplice.train.scenes` holds out.
+Neither ever sees a combination of colour, shape and position that `visplice.train.scenes` holds out, nor a word or
+number that `visplice.train.slips` does.
 """
 
 import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from visplice.train.backbone_slips import SLIP_STEPS, train_slips
 from visplice.train.backbone_text import COURSES, train_text
 from visplice.train.backbone_vision import VISION_STEPS, train_vision
 
@@ -25,9 +27,9 @@ def main() -> None:
     parser.add_argument(
         "--text-steps",
         type=int,
-        nargs=len(COURSES),
-        default=[course.steps for course in COURSES],
-        help="of the courses, one after the other; default: %(default)s",
+        nargs=len(COURSES) + 1,
+        default=[*(course.steps for course in COURSES), SLIP_STEPS],
+        help="of the courses on scenes, one after the other, and of that on slips; default: %(default)s",
     )
     parser.add_argument(
         "--start", type=Path, help="LLaMA folder to go on from, with 0 for the steps of the courses it had"
@@ -53,13 +55,16 @@ def main() -> None:
             compiled=args.compile,
         )
     if args.part in ("text", "both"):
-        train_text(
-            args.out / "lm",
-            courses=[replace(course, steps=steps) for course, steps in zip(COURSES, args.text_steps, strict=True)],
-            start=args.start,
-            seed=args.seed,
-            compiled=args.compile,
-        )
+        *of_scenes, of_slips = args.text_steps
+        folder = args.out / "lm"
+        if any(of_scenes):
+            courses = [replace(course, steps=steps) for course, steps in zip(COURSES, of_scenes, strict=True)]
+            train_text(folder, courses=courses, start=args.start, seed=args.seed, compiled=args.compile)
+        if of_slips:
+            start = folder if any(of_scenes) else args.start
+            if start is None:
+                parser.error("a course on slips goes on from a LLaMA; give --start, or steps to the courses before it")
+            train_slips(folder, start=start, steps=of_slips, seed=args.seed, compiled=args.compile)
 
 
 if __name__ == "__main__":
