@@ -36,8 +36,9 @@ NUM_PATCHES = (scenes.IMAGE_SIZE // slips.PATCH) ** 2
 # What a patch token tells of, 0 for nothing: slips, then what is centred in a patch of a scene.
 _SCENE = {f"centre.{name}": size + 1 for name, size in scenes.NUM_ATTRIBUTES.items()}
 TABLES = DENSE | _SCENE
+TABLES_FILE = "tables.pt"
 ROLES = (*slips.KEYS, slips.SHOP, slips.ITEM)
-LONGEST = 10  # signs in a value
+LONGEST = 11  # signs in a value, and one for its end
 # Of every patch of a slip: what its line is, the line's first sign, and which sign of the value stands in either cell,
 # 1 + index. The same heads read, where an answer's next sign is due, what is sought: so that the two can meet.
 LINE_LABELS = {
@@ -46,8 +47,9 @@ LINE_LABELS = {
     "value_left": LONGEST + 1,
     "value_right": LONGEST + 1,
 }
-READ_LABELS = {"line": DENSE["line"], "cell": DENSE["cell"]}  # of an answer's next sign: where it stands
-LINE_LAYER, READ_LAYER = 2, 3  # behind which these have to be known
+# Of an answer's next sign: the line and cell that it stands in, what its patch holds, and which of the two it is.
+READ_LABELS = {"line": DENSE["line"], "cell": DENSE["cell"], "left": DENSE["left"], "right": DENSE["right"], "slot": 2}
+LINE_LAYER, READ_LAYER, SIGN_LAYER = 2, 3, 4  # behind which these, and the sign, have to be known
 BLOCK = slice(2, 2 + 3 + NUM_PATCHES)  # behind begin and user: VIS_START, CLS, patches, VIS_END
 PATCHES = slice(BLOCK.start + 2, BLOCK.stop - 1)
 
@@ -61,7 +63,8 @@ class GridBatch:
     grid: Tensor  # [B, P, T], entries of the tables
     whole: Tensor  # [B], 0 for a slip, 1 + background of a scene
     lines: Tensor  # [B, S, 4], LINE_LABELS of patches and of what is sought; IGNORE elsewhere
-    reads: Tensor  # [B, S, 2], READ_LABELS where an answer's next sign is read, else IGNORE
+    reads: Tensor  # [B, S, 5], READ_LABELS where an answer's next sign is read, else IGNORE
+    signs: Tensor  # [B, S, 1], there the sign itself, 1 + its index
     asked: Tensor  # [B, S, K], where an answer about something in a scene begins: what it is, else IGNORE
 
 
@@ -118,11 +121,18 @@ class GridBatches:
             count = next(i for i in itertools.count(1) if labels[start + i] == self._end) - 1
             blank = count - len(line.value)
             initial = IGNORE if line.role == slips.SHOP else slips.SIGNS.index(line.text[0]) + 1  # not to be guessed
-            for offset in range(count):
+            for offset in range(count + 1):
                 sign = max(0, offset - blank)
-                batch.reads[row, start + offset] = torch.tensor([question.line + 1, line.start + sign + 1])
                 sought = [ROLES.index(line.role) + 1, initial, sign + 1, sign + 1]
                 batch.lines[row, start + offset] = torch.tensor(sought)
+                if offset == count:  # the end of the answer, for which there is nothing to read
+                    break
+                cell = line.start + sign + 1
+                patch = slips.patch_of(slip, question.line, cell - 1)
+                slot = cell - grid.cell[patch]
+                read = [question.line + 1, cell, grid.left[patch], grid.right[patch], slot]
+                batch.reads[row, start + offset] = torch.tensor(read)
+                batch.signs[row, start + offset] = slips.SIGNS.index(line.value[sign]) + 1
 
     def _scene(self, batch: GridBatch, row: int, most: int) -> None:
         rng = self._rng
@@ -164,6 +174,7 @@ class GridBatches:
                 whole=torch.zeros(rows, dtype=torch.long),
                 lines=torch.full((rows, width, len(LINE_LABELS)), IGNORE),
                 reads=torch.full((rows, width, len(READ_LABELS)), IGNORE),
+                signs=torch.full((rows, width, 1), IGNORE),
                 asked=torch.full((rows, width, len(scenes.NUM_ATTRIBUTES) + 1), IGNORE),
             )
             for row in range(rows):
@@ -235,10 +246,13 @@ def train_slips(
     grids = GridBatches(tokenizer, seed + 11, num_slips=num_slips, num_scenes=num_grids, width=width, easy=easy)
     words = TextBatches(tokenizer, seed + 13, num_words, width, 1, COURSES[2].kinds)
     tables = Tables(config.dim, 0.5 * float(model.tok_embeddings.weight.detach().std()))
+    if (start / TABLES_FILE).is_file():  # the LLaMA had such a course already
+        tables.load_state_dict(torch.load(start / TABLES_FILE, weights_only=True))
     heads = nn.ModuleDict(
         {
             "lines": LabelHeads(config.dim, LINE_LABELS),
             "reads": LabelHeads(config.dim, READ_LABELS),
+            "signs": LabelHeads(config.dim, {"sign": DENSE["left"]}),
             "objects": AttributeHeads(config.dim),
             "asked": AttributeHeads(config.dim),
         }
@@ -278,10 +292,11 @@ def train_slips(
         lines = heads["lines"](taps[LINE_LAYER][: len(seen), PATCHES].float(), grid.lines[:, PATCHES])
         sought = heads["lines"](taps[LINE_LAYER][: len(seen), BLOCK.stop :].float(), grid.lines[:, BLOCK.stop :])
         reads = heads["reads"](taps[READ_LAYER][: len(seen)].float(), grid.reads)
+        signs = heads["signs"](taps[SIGN_LAYER][: len(seen)].float(), grid.signs)
         binding = heads["objects"](taps[BINDING_LAYER][len(seen) :].float(), told.objects)
         finding = heads["asked"](taps[FINDING_LAYER].float(), torch.cat((grid.asked, told.asked)))
         loss = 2 * of_answers[0] + of_answers[1] + of_answers[2] + 0.1 * losses[text].mean()
-        loss = loss + 2 * lines + 2 * sought + 2 * reads + binding + finding
+        loss = loss + 2 * lines + 2 * sought + 4 * reads + signs + binding + finding
         loss.backward()
         step_all(optimizer_list, schedule(step, steps))
         if step % 50 == 0 or step == steps - 1:
@@ -289,10 +304,11 @@ def train_slips(
             shares = " ".join(f"{right[part][supervised[part]].mean().item():.4f}" for part in parts)
             print(
                 f"step {step} loss {loss.item():.3f} lines {lines.item():.3f} sought {sought.item():.3f} "
-                f"reads {reads.item():.3f} binding {binding.item():.3f} finding {finding.item():.3f} right {shares} "
+                f"reads {reads.item():.3f} signs {signs.item():.3f} "
+                f"binding {binding.item():.3f} finding {finding.item():.3f} right {shares} "
                 f"{time.time() - started:.0f}s",
                 flush=True,
             )
         if step % 500 == 499 or step == steps - 1:
             save_llama(model, out, dtype=torch.float16)
-            torch.save(tables.state_dict(), out / "tables.pt")  # to read without pictures; not part of the LLaMA
+            torch.save(tables.state_dict(), out / TABLES_FILE)  # to read without pictures; not part of the LLaMA

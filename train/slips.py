@@ -227,13 +227,17 @@ class Grid:
     line: list[int]  # 1 + which line it is
 
 
+def patch_of(slip: Slip, line: int, cell: int) -> int:
+    """The patch in which the centre of a cell lies, counted row by row."""
+    return int(slip.ys[line] // PATCH) * (IMAGE_SIZE // PATCH) + int(slip.centre(cell) // PATCH)
+
+
 def grid_of(slip: Slip) -> Grid:
     """Which cells of which line have their centre in every patch."""
-    side = IMAGE_SIZE // PATCH
-    grid = Grid(*([0] * side**2 for _ in range(4)))
-    for number, (line, y) in enumerate(zip(slip.lines, slip.ys, strict=True)):
+    grid = Grid(*([0] * (IMAGE_SIZE // PATCH) ** 2 for _ in range(4)))
+    for number, line in enumerate(slip.lines):
         for cell, sign in enumerate(line.text):
-            patch = int(y // PATCH) * side + int(slip.centre(cell) // PATCH)
+            patch = patch_of(slip, number, cell)
             slot = grid.right if grid.cell[patch] else grid.left
             if not grid.cell[patch]:
                 grid.cell[patch], grid.line[patch] = cell + 1, number + 1
