@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from visplice.lm.checkpoint import load_llama, save_llama
 from visplice.lm.config import LlamaConfig
+from visplice.lm.decoder import Llama
 from visplice.lm.prompt import IGNORE, TURNS, PromptBuilder, VisualTokens
+from visplice.lm.rope import rotate
 from visplice.lm.tokenizer import Tokenizer
 from visplice.train import scene_words, scenes, slip_words, slips
 from visplice.train.backbone_optim import optimizers, schedule, step_all
@@ -47,8 +49,7 @@ LINE_LABELS = {
     "value_left": LONGEST + 1,
     "value_right": LONGEST + 1,
 }
-# Of an answer's next sign: the line and cell that it stands in, what its patch holds, and which of the two it is.
-READ_LABELS = {"line": DENSE["line"], "cell": DENSE["cell"], "left": DENSE["left"], "right": DENSE["right"], "slot": 2}
+READ_LABELS = {"line": DENSE["line"], "cell": DENSE["cell"]}  # of an answer's next sign: where it stands
 LINE_LAYER, READ_LAYER, SIGN_LAYER = 2, 3, 4  # behind which these, and the sign, have to be known
 BLOCK = slice(2, 2 + 3 + NUM_PATCHES)  # behind begin and user: VIS_START, CLS, patches, VIS_END
 PATCHES = slice(BLOCK.start + 2, BLOCK.stop - 1)
@@ -63,8 +64,9 @@ class GridBatch:
     grid: Tensor  # [B, P, T], entries of the tables
     whole: Tensor  # [B], 0 for a slip, 1 + background of a scene
     lines: Tensor  # [B, S, 4], LINE_LABELS of patches and of what is sought; IGNORE elsewhere
-    reads: Tensor  # [B, S, 5], READ_LABELS where an answer's next sign is read, else IGNORE
+    reads: Tensor  # [B, S, 2], READ_LABELS where an answer's next sign is read, else IGNORE
     signs: Tensor  # [B, S, 1], there the sign itself, 1 + its index
+    looks: Tensor  # [B, S, 2], there where to look for a first and for a second sign of a patch: at it, or at begin
     asked: Tensor  # [B, S, K], where an answer about something in a scene begins: what it is, else IGNORE
 
 
@@ -130,8 +132,9 @@ class GridBatches:
                 cell = line.start + sign + 1
                 patch = slips.patch_of(slip, question.line, cell - 1)
                 slot = cell - grid.cell[patch]
-                read = [question.line + 1, cell, grid.left[patch], grid.right[patch], slot]
-                batch.reads[row, start + offset] = torch.tensor(read)
+                batch.reads[row, start + offset] = torch.tensor([question.line + 1, cell])
+                looks = [PATCHES.start + patch, 0]
+                batch.looks[row, start + offset] = torch.tensor(looks[::-1] if slot else looks)
                 batch.signs[row, start + offset] = slips.SIGNS.index(line.value[sign]) + 1
 
     def _scene(self, batch: GridBatch, row: int, most: int) -> None:
@@ -175,6 +178,7 @@ class GridBatches:
                 lines=torch.full((rows, width, len(LINE_LABELS)), IGNORE),
                 reads=torch.full((rows, width, len(READ_LABELS)), IGNORE),
                 signs=torch.full((rows, width, 1), IGNORE),
+                looks=torch.full((rows, width, 2), IGNORE),
                 asked=torch.full((rows, width, len(scenes.NUM_ATTRIBUTES) + 1), IGNORE),
             )
             for row in range(rows):
@@ -215,6 +219,24 @@ class LabelHeads(nn.Module):
         rows = (labels != IGNORE).any(-1)
         hidden, wanted = self.norm(stream[rows]), labels[rows]
         return torch.stack([F.cross_entropy(head(hidden), wanted[:, i]) for i, head in enumerate(self.heads)]).mean()
+
+
+def looking(model: Llama, stream: Tensor, looks: Tensor) -> Tensor:
+    """How far the attention of SIGN_LAYER is from where it has to look, as cross-entropy.
+
+    The first half of its heads looks for first signs of patches, the other for second ones; one head of each group of
+    keys and values is told where.
+    """
+    layer, context = model.layers[SIGN_LAYER - 1], model.context(stream)
+    attention, x = layer.attention, layer.attention_norm(stream)
+    shape = (*x.shape[:2], -1, attention.head_dim)
+    sides = (attention.wq(x).view(shape).transpose(1, 2), attention.wk(x).view(shape).transpose(1, 2))
+    q, k = (rotate(side, context.cos, context.sin).float() for side in sides)
+    q = q[:, :: attention.num_heads // attention.num_kv_heads]  # one of every group
+    scores = q @ k.transpose(-1, -2) / attention.head_dim**0.5
+    scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)  # [B, K, S, S]
+    wanted = looks.transpose(1, 2).repeat_interleave(attention.num_kv_heads // 2, dim=1)  # [B, K, S]
+    return F.cross_entropy(scores.flatten(0, 2), wanted.flatten(), ignore_index=IGNORE)
 
 
 def train_slips(
@@ -292,11 +314,13 @@ def train_slips(
         lines = heads["lines"](taps[LINE_LAYER][: len(seen), PATCHES].float(), grid.lines[:, PATCHES])
         sought = heads["lines"](taps[LINE_LAYER][: len(seen), BLOCK.stop :].float(), grid.lines[:, BLOCK.stop :])
         reads = heads["reads"](taps[READ_LAYER][: len(seen)].float(), grid.reads)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=compiled):
+            looks = looking(model, taps[SIGN_LAYER - 1][:num_slips], grid.looks[:num_slips])
         signs = heads["signs"](taps[SIGN_LAYER][: len(seen)].float(), grid.signs)
         binding = heads["objects"](taps[BINDING_LAYER][len(seen) :].float(), told.objects)
         finding = heads["asked"](taps[FINDING_LAYER].float(), torch.cat((grid.asked, told.asked)))
         loss = 2 * of_answers[0] + of_answers[1] + of_answers[2] + 0.1 * losses[text].mean()
-        loss = loss + 2 * lines + 2 * sought + 4 * reads + signs + binding + finding
+        loss = loss + 2 * lines + 2 * sought + 2 * reads + looks + signs + binding + finding
         loss.backward()
         step_all(optimizer_list, schedule(step, steps))
         if step % 50 == 0 or step == steps - 1:
@@ -304,7 +328,7 @@ def train_slips(
             shares = " ".join(f"{right[part][supervised[part]].mean().item():.4f}" for part in parts)
             print(
                 f"step {step} loss {loss.item():.3f} lines {lines.item():.3f} sought {sought.item():.3f} "
-                f"reads {reads.item():.3f} signs {signs.item():.3f} "
+                f"reads {reads.item():.3f} looks {looks.item():.3f} signs {signs.item():.3f} "
                 f"binding {binding.item():.3f} finding {finding.item():.3f} right {shares} "
                 f"{time.time() - started:.0f}s",
                 flush=True,

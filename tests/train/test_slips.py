@@ -88,7 +88,16 @@ def test_grid_by_hand() -> None:
     line = slips.Line("TOTAL", "TOTAL", "12.50", "TOTAL 12.50", 6)
     grid = slips.grid_of(Slip("receipt", "sans", "small", (line,), 19.0, (50.0,)))
     rows = [range(24, 32)]  # the line lies in patches 50 // 14 = 3
-    assert [SIGNS[i - 1] if i else "" for i in (grid.left[p] for p in rows[0])] == ["", "T", "T", "L", "1", ".", "0", ""]
+    assert [SIGNS[i - 1] if i else "" for i in (grid.left[p] for p in rows[0])] == [
+        "",
+        "T",
+        "T",
+        "L",
+        "1",
+        ".",
+        "0",
+        "",
+    ]
     assert [SIGNS[i - 1] if i else "" for i in (grid.right[p] for p in rows[0])] == ["", "O", "A", "", "2", "5", "", ""]
     assert [grid.cell[p] for p in rows[0]] == [0, 1, 3, 5, 7, 9, 11, 0]
     assert [grid.line[p] for p in rows[0]] == [0, 1, 1, 1, 1, 1, 1, 0]
