@@ -274,6 +274,7 @@ def train_slips(
         {
             "lines": LabelHeads(config.dim, LINE_LABELS),
             "reads": LabelHeads(config.dim, READ_LABELS),
+            "holds": LabelHeads(config.dim, {"left": DENSE["left"], "right": DENSE["right"]}),
             "signs": LabelHeads(config.dim, {"sign": DENSE["left"]}),
             "objects": AttributeHeads(config.dim),
             "asked": AttributeHeads(config.dim),
@@ -314,13 +315,16 @@ def train_slips(
         lines = heads["lines"](taps[LINE_LAYER][: len(seen), PATCHES].float(), grid.lines[:, PATCHES])
         sought = heads["lines"](taps[LINE_LAYER][: len(seen), BLOCK.stop :].float(), grid.lines[:, BLOCK.stop :])
         reads = heads["reads"](taps[READ_LAYER][: len(seen)].float(), grid.reads)
+        # The stream grows forty times as long as the embeddings; what a patch holds has to be kept in it on purpose.
+        held = grid.grid[:num_slips, :, :2].masked_fill(grid.grid[:num_slips, :, 3:4] == 0, IGNORE)
+        holds = heads["holds"](taps[SIGN_LAYER - 1][:num_slips, PATCHES].float(), held)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=compiled):
             looks = looking(model, taps[SIGN_LAYER - 1][:num_slips], grid.looks[:num_slips])
         signs = heads["signs"](taps[SIGN_LAYER][: len(seen)].float(), grid.signs)
         binding = heads["objects"](taps[BINDING_LAYER][len(seen) :].float(), told.objects)
         finding = heads["asked"](taps[FINDING_LAYER].float(), torch.cat((grid.asked, told.asked)))
         loss = 2 * of_answers[0] + of_answers[1] + of_answers[2] + 0.1 * losses[text].mean()
-        loss = loss + 2 * lines + 2 * sought + 2 * reads + looks + signs + binding + finding
+        loss = loss + 2 * lines + 2 * sought + 2 * reads + 2 * holds + looks + signs + binding + finding
         loss.backward()
         step_all(optimizer_list, schedule(step, steps))
         if step % 50 == 0 or step == steps - 1:
@@ -328,7 +332,7 @@ def train_slips(
             shares = " ".join(f"{right[part][supervised[part]].mean().item():.4f}" for part in parts)
             print(
                 f"step {step} loss {loss.item():.3f} lines {lines.item():.3f} sought {sought.item():.3f} "
-                f"reads {reads.item():.3f} looks {looks.item():.3f} signs {signs.item():.3f} "
+                f"reads {reads.item():.3f} holds {holds.item():.3f} looks {looks.item():.3f} signs {signs.item():.3f} "
                 f"binding {binding.item():.3f} finding {finding.item():.3f} right {shares} "
                 f"{time.time() - started:.0f}s",
                 flush=True,
