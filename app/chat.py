@@ -82,8 +82,8 @@ def shapes_note() -> str:
             "Ask about color, shape, number, existence, position, or compare two shapes; or write "
             f"“{scene_words.DESCRIBE[0]}” or “{scene_words.TELL}”",
             "",
-            "- **slips:** receipts and labels in capitals, like the last example; ask for the shop, the price of a thing, "
-            f"or what stands behind {', '.join(slips.KEYS)}",
+            "- **slips:** receipts and labels in capitals, like the last example; ask for the shop, the price of a "
+            f"thing, or what stands behind {', '.join(slips.KEYS)}",
             "",
             "`visplice chat --model FOLDER` opens another model.",
         ]
