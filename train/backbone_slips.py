@@ -200,8 +200,12 @@ class Tables(nn.Module):
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=std)
 
-    def forward(self, grid: Tensor, whole: Tensor) -> Tensor:
-        patches = torch.stack([table(grid[..., i]) for i, table in enumerate(self.tables)]).sum(0)
+    def forward(self, grid: Tensor, whole: Tensor, *, vary: float = 0.0) -> Tensor:
+        """`vary` is the share that each table's part of a picture may lack; all tokens are moved alike, then, too."""
+        parts = torch.stack([table(grid[..., i]) for i, table in enumerate(self.tables)])  # [T, B, P, D]
+        gains = 1 - vary * torch.rand(len(parts), len(grid), 1, 1)
+        patches = (parts * gains).sum(0)
+        patches = patches + vary * 0.5 * patches.detach().std() * torch.randn(len(grid), 1, patches.shape[-1])
         start, end = (sentinel.expand(len(grid), 1, -1) for sentinel in self.sentinels)
         return torch.cat((start, self.whole(whole)[:, None], patches, end), dim=1)
 
@@ -248,6 +252,8 @@ def train_slips(
     rows: tuple[int, int, int] = (8, 3, 2),
     width: int = 160,
     lr: float = 0.01,
+    noise: float = 0.1,
+    vary: float = 0.0,
     compiled: bool = False,
 ) -> None:
     """Goes on from the LLaMA in `start` and writes it, with its tokenizer, to `out`.
@@ -255,6 +261,8 @@ def train_slips(
     Args:
         rows: of a step: slips, scenes as grids, scenes in words.
         width: tokens of a row.
+        noise: on the embeddings, as a share of their standard deviation.
+        vary: how much the vectors of a grid vary (`Tables`): a projector hits them but roughly, at first above all.
     """
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -264,7 +272,7 @@ def train_slips(
     model = load_llama(start, dtype=torch.float32).train().requires_grad_(True)
     config: LlamaConfig = model.config
     num_slips, num_grids, num_words = rows
-    easy = max(1, steps // 10)
+    easy = 1 if (start / TABLES_FILE).is_file() else max(1, steps // 10)
     grids = GridBatches(tokenizer, seed + 11, num_slips=num_slips, num_scenes=num_grids, width=width, easy=easy)
     words = TextBatches(tokenizer, seed + 13, num_words, width, 1, COURSES[2].kinds)
     tables = Tables(config.dim, 0.5 * float(model.tok_embeddings.weight.detach().std()))
@@ -298,13 +306,13 @@ def train_slips(
         ids, labels = torch.cat((grid.ids, told.ids)), torch.cat((grid.labels, told.labels))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=compiled):
             embeddings = model.tok_embeddings(ids)
-            seen = tables(grid.grid, grid.whole)
+            seen = tables(grid.grid, grid.whole, vary=vary)
             picture = torch.cat(
                 (embeddings[: len(seen), : BLOCK.start], seen, embeddings[: len(seen), BLOCK.stop :]), 1
             )
             embeddings = torch.cat((picture, embeddings[len(seen) :]))
             # Noise on the embeddings (Jain et al., "NEFTune", 2023) makes the reader forgiving.
-            embeddings = embeddings + embeddings.detach().std() * 0.1 * torch.randn_like(embeddings)
+            embeddings = embeddings + embeddings.detach().std() * noise * torch.randn_like(embeddings)
             taps = run(embeddings)
             logits = model.logits(taps[-1][:, :-1]).float()
         targets, answers = ids[:, 1:], labels[:, 1:]

@@ -34,6 +34,8 @@ def main() -> None:
     parser.add_argument(
         "--start", type=Path, help="LLaMA folder to go on from, with 0 for the steps of the courses it had"
     )
+    parser.add_argument("--noise", type=float, default=0.1, help="of the course on slips; default: %(default)s")
+    parser.add_argument("--vary", type=float, default=0.0, help="of its grids; default: %(default)s")
     parser.add_argument(
         "--vision-steps",
         type=int,
@@ -64,7 +66,15 @@ def main() -> None:
             start = folder if any(of_scenes) else args.start
             if start is None:
                 parser.error("a course on slips goes on from a LLaMA; give --start, or steps to the courses before it")
-            train_slips(folder, start=start, steps=of_slips, seed=args.seed, compiled=args.compile)
+            train_slips(
+                folder,
+                start=start,
+                steps=of_slips,
+                seed=args.seed,
+                noise=args.noise,
+                vary=args.vary,
+                compiled=args.compile,
+            )
 
 
 if __name__ == "__main__":
