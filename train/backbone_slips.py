@@ -249,7 +249,7 @@ def train_slips(
     start: Path,
     steps: int = SLIP_STEPS,
     seed: int,
-    rows: tuple[int, int, int] = (8, 3, 2),
+    rows: tuple[int, int, int] = (6, 3, 4),
     width: int = 160,
     lr: float = 0.01,
     noise: float = 0.1,
@@ -261,7 +261,7 @@ def train_slips(
     Args:
         rows: of a step: slips, scenes as grids, scenes in words.
         width: tokens of a row.
-        noise: on the embeddings, as a share of their standard deviation.
+        noise: the most on the embeddings of a grid, in their standard deviation; the least, and that of words, is 0.1.
         vary: how much the vectors of a grid vary (`Tables`): a projector hits them but roughly, at first above all.
     """
     torch.manual_seed(seed)
@@ -311,8 +311,11 @@ def train_slips(
                 (embeddings[: len(seen), : BLOCK.start], seen, embeddings[: len(seen), BLOCK.stop :]), 1
             )
             embeddings = torch.cat((picture, embeddings[len(seen) :]))
-            # Noise on the embeddings (Jain et al., "NEFTune", 2023) makes the reader forgiving.
-            embeddings = embeddings + embeddings.detach().std() * noise * torch.randn_like(embeddings)
+            # Noise on the embeddings (Jain et al., "NEFTune", 2023) makes the reader forgiving. Of grids some are hardly
+            # to be read through it, as what a projector says at first.
+            level = torch.full((len(ids), 1, 1), 0.1)
+            level[: len(seen)] *= (noise / 0.1) ** torch.rand(len(seen), 1, 1)
+            embeddings = embeddings + embeddings.detach().std() * level * torch.randn_like(embeddings)
             taps = run(embeddings)
             logits = model.logits(taps[-1][:, :-1]).float()
         targets, answers = ids[:, 1:], labels[:, 1:]

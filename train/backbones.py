@@ -34,7 +34,9 @@ def main() -> None:
     parser.add_argument(
         "--start", type=Path, help="LLaMA folder to go on from, with 0 for the steps of the courses it had"
     )
-    parser.add_argument("--noise", type=float, default=0.1, help="of the course on slips; default: %(default)s")
+    parser.add_argument(
+        "--noise", type=float, default=0.1, help="of the course on slips, the most; default: %(default)s"
+    )
     parser.add_argument("--vary", type=float, default=0.0, help="of its grids; default: %(default)s")
     parser.add_argument(
         "--vision-steps",
