@@ -10,7 +10,8 @@ from visplice.lm.checkpoint import load_llama
 from visplice.lm.extension import embedded_folder
 from visplice.lm.prompt import IGNORE
 from visplice.train import scenes, slip_words, slips
-from visplice.train.backbone_slips import (
+from visplice.train.backbone_slips import TABLES_FILE, Tables, train_slips
+from visplice.train.grid_batches import (
     BLOCK,
     LINE_LABELS,
     NUM_PATCHES,
@@ -18,10 +19,7 @@ from visplice.train.backbone_slips import (
     READ_LABELS,
     ROLES,
     TABLES,
-    TABLES_FILE,
     GridBatches,
-    Tables,
-    train_slips,
 )
 from visplice.train.slip_heads import DENSE, SlipHeads, slip_labels
 from visplice.train.slips import SIGNS
