@@ -19,7 +19,7 @@ import torch
 
 from visplice.app.demo_scores import Broken, score_scenes, score_slips, table
 from visplice.app.device import pick_device
-from visplice.lm.extension import EMBEDDED, load_extension
+from visplice.lm.extension import EMBEDDED, embedded_folder, load_extension, save_extension
 from visplice.lm.vision_llama import VisionLlama
 from visplice.train import scene_data, slip_data
 from visplice.train.align import Align
@@ -27,6 +27,8 @@ from visplice.train.backbone_vision import VISION
 from visplice.train.data.module import ShardData
 from visplice.train.data.shards import write_json
 from visplice.train.evaluation import DocSet, QuestionSet, VqaSet
+from visplice.train.grid_align import align_symbols
+from visplice.train.grid_tables import load_symbols
 from visplice.train.instruct import Instruct
 from visplice.train.optim import OptimConfig
 from visplice.train.report import plot_by_type, plot_examples, plot_losses
@@ -48,6 +50,8 @@ class Plan:
     align_steps: int = 80
     align_batch: int = 64
     align_lr: float = 2e-3
+    symbol_steps: int = 300  # of as many pictures as align_batch
+    symbol_lr: float = 3e-3
     instruct_steps: int = 1000  # of 8: every scene once; many small steps beat few large ones
     instruct_batch: int = 8
     instruct_lr: float = 2e-3
@@ -81,8 +85,8 @@ class Demo:
         slip_data.write_training(data / "slips_train", count=plan.train_slips, seed=plan.seed)
         slip_data.write_test(data / "slips_test", count=plan.test_slips, seed=plan.seed)
 
-    def stage(self, name: str, build: Callable[[], Any], *, data: Sequence[str], steps: int, batch: int) -> VisionLlama:
-        """Trains a stage, or opens it when it is there whole and was made by the same plan."""
+    def part(self, name: str, train: Callable[[Path], VisionLlama]) -> VisionLlama:
+        """Has a part of the training done in its folder, or opens it when it is there whole, made by the same plan."""
         folder = self.out / name
         marker = folder / "run.json"
         made = {"plan": asdict(self.plan), "stage": name}
@@ -97,16 +101,22 @@ class Demo:
             pass
         marker.unlink(missing_ok=True)
         torch.manual_seed(self.plan.seed)
-        module = build()
+        model = self.timed(name, lambda: train(folder))
+        write_json(marker, {"made": made, "seconds": self.seconds[name]})
+        return model.to(self.device)
 
-        def work() -> None:
+    def stage(self, name: str, build: Callable[[], Any], *, data: Sequence[str], steps: int, batch: int) -> VisionLlama:
+        """Trains one of the two stages on sets of shards."""
+
+        def train(folder: Path) -> VisionLlama:
+            module = build()
             mixture = {str(self.out / "data" / part): 1.0 for part in data}
             shards = ShardData(mixture=mixture, batch_size=batch, seed=self.plan.seed)
             fit(module, shards, folder, max_steps=steps, seed=self.plan.seed, accelerator=self.accelerator, name=name)
+            model: VisionLlama = module.model
+            return model
 
-        self.timed(name, work)
-        write_json(marker, {"made": made, "seconds": self.seconds[name]})
-        return module.model.to(self.device)
+        return self.part(name, train)
 
     def align(self) -> VisionLlama:
         plan = self.plan
@@ -116,11 +126,23 @@ class Demo:
 
         return self.stage("align", build, data=["train"], steps=plan.align_steps, batch=plan.align_batch)
 
+    def symbols(self) -> VisionLlama:
+        plan = self.plan
+
+        def train(folder: Path) -> VisionLlama:
+            model, symbols = load_extension(self.out / "align", device=self.device), load_symbols(embedded_folder("lm"))
+            optim = OptimConfig(lr=plan.symbol_lr)
+            align_symbols(model, symbols, steps=plan.symbol_steps, batch=plan.align_batch, seed=plan.seed, optim=optim)
+            save_extension(model, folder, lm=EMBEDDED)
+            return model
+
+        return self.part("symbols", train)
+
     def instruct(self, name: str = "instruct", *, aligned: bool = True) -> VisionLlama:
         plan = self.plan
 
         def build() -> Instruct:
-            start = str(self.out / "align") if aligned else None
+            start = str(self.out / "symbols") if aligned else None
             optim = OptimConfig(lr=plan.instruct_lr)
             return Instruct(ENCODER, EMBEDDED, aligned=start, hidden=plan.hidden, optim=optim)
 
@@ -132,7 +154,7 @@ class Demo:
         broken: Broken | None = None
         if ablate:
             broken = {
-                "stage 2 skipped": self.align,
+                "stage 2 skipped": self.symbols,
                 "stage 1 skipped": lambda: self.instruct("instruct-without-align", aligned=False),
             }
         data, scores, answers = self.out / "data", {}, {}
@@ -176,8 +198,9 @@ def run(out: Path, *, plan: Plan, device: torch.device, ablate: bool) -> tuple[d
     started = time.perf_counter()
     print(f"1/4 data: scenes of coloured shapes and printed slips, in {out / 'data'}")
     demo.timed("data", demo.data)
-    print("2/4 stage 1: align projected pictures with captions")
+    print("2/4 stage 1: align projected pictures with captions, and their patches with symbols")
     demo.align()
+    demo.symbols()
     print("3/4 stage 2: questions and answers through the frozen LLaMA")
     model = demo.instruct()
     print("4/4 evaluation on scenes and slips never seen, by the official rules of VQAv2 and DocVQA")

@@ -2,7 +2,8 @@
 
 A slip stands in a prompt as 64 tokens, as its picture will: each the sum of entries of tables, one for the sign in
 either cell, one for where in the line it is, one for the line. Scenes stand there likewise, by what is centred in every
-patch. No picture is drawn for it. The tables are thrown away; the projector has to find vectors like them.
+patch. No picture is drawn for it. The tables are no part of the LLaMA; the projector has to find
+vectors like their entries.
 
 Beside the answers it is taught, by heads that are thrown away as well, what a line is about and where its value stands,
 and for every sign of an answer where it is to be read.
@@ -21,36 +22,14 @@ from visplice.lm.decoder import Llama
 from visplice.lm.prompt import IGNORE
 from visplice.lm.rope import rotate
 from visplice.lm.tokenizer import Tokenizer
-from visplice.train import scenes
 from visplice.train.backbone_optim import optimizers, schedule, step_all
 from visplice.train.backbone_text import BINDING_LAYER, COURSES, FINDING_LAYER, AttributeHeads, TextBatches
-from visplice.train.grid_batches import BLOCK, LINE_LABELS, PATCHES, READ_LABELS, TABLES, GridBatches
+from visplice.train.grid_batches import BLOCK, LINE_LABELS, PATCHES, READ_LABELS, GridBatches
+from visplice.train.grid_tables import SYMBOLS_FILE, Tables, load_symbols, save_symbols
 from visplice.train.slip_heads import DENSE
 
 SLIP_STEPS = 5000
-TABLES_FILE = "tables.pt"
 LINE_LAYER, READ_LAYER, SIGN_LAYER = 2, 3, 4  # behind which these, and the sign, have to be known
-
-
-class Tables(nn.Module):
-    """The vectors of a grid's tokens, with those of CLS and the sentinels: `[B, 3 + P, D]`; thrown away."""
-
-    def __init__(self, width: int, std: float) -> None:
-        super().__init__()
-        self.tables = nn.ModuleList(nn.Embedding(size, width) for size in TABLES.values())
-        self.whole = nn.Embedding(1 + len(scenes.BACKGROUNDS), width)
-        self.sentinels = nn.Parameter(torch.empty(2, width))  # VIS_START, VIS_END
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=std)
-
-    def forward(self, grid: Tensor, whole: Tensor, *, vary: float = 0.0) -> Tensor:
-        """`vary` is the share that each table's part of a picture may lack; all tokens are moved alike, then, too."""
-        parts = torch.stack([table(grid[..., i]) for i, table in enumerate(self.tables)])  # [T, B, P, D]
-        gains = 1 - vary * torch.rand(len(parts), len(grid), 1, 1)
-        patches = (parts * gains).sum(0)
-        patches = patches + vary * 0.5 * patches.detach().std() * torch.randn(len(grid), 1, patches.shape[-1])
-        start, end = (sentinel.expand(len(grid), 1, -1) for sentinel in self.sentinels)
-        return torch.cat((start, self.whole(whole)[:, None], patches, end), dim=1)
 
 
 class LabelHeads(nn.Module):
@@ -115,12 +94,12 @@ def train_slips(
     model = load_llama(start, dtype=torch.float32).train().requires_grad_(True)
     config = model.config
     num_slips, num_grids, num_words = rows
-    easy = 1 if (start / TABLES_FILE).is_file() else max(1, steps // 10)
+    easy = 1 if (start / SYMBOLS_FILE).is_file() else max(1, steps // 10)
     grids = GridBatches(tokenizer, seed + 11, num_slips=num_slips, num_scenes=num_grids, width=width, easy=easy)
     words = TextBatches(tokenizer, seed + 13, num_words, width, 1, COURSES[2].kinds)
     tables = Tables(config.dim, 0.5 * float(model.tok_embeddings.weight.detach().std()))
-    if (start / TABLES_FILE).is_file():  # the LLaMA had such a course already
-        tables.load_state_dict(torch.load(start / TABLES_FILE, weights_only=True))
+    if (start / SYMBOLS_FILE).is_file():  # the LLaMA had such a course already
+        tables.load_state_dict(load_symbols(start).state_dict())
     heads = nn.ModuleDict(
         {
             "lines": LabelHeads(config.dim, LINE_LABELS),
@@ -192,4 +171,4 @@ def train_slips(
             )
         if step % 500 == 499 or step == steps - 1:
             save_llama(model, out, dtype=torch.float16)
-            torch.save(tables.state_dict(), out / TABLES_FILE)  # to read without pictures; not part of the LLaMA
+            save_symbols(tables, out)

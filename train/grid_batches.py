@@ -18,8 +18,8 @@ from visplice.train.slip_heads import DENSE
 
 NUM_PATCHES = (scenes.IMAGE_SIZE // slips.PATCH) ** 2
 # What a patch token tells of, 0 for nothing: slips, then what is centred in a patch of a scene.
-_SCENE = {f"centre.{name}": size + 1 for name, size in scenes.NUM_ATTRIBUTES.items()}
-TABLES = DENSE | _SCENE
+SCENE_TABLES = {f"centre.{name}": size + 1 for name, size in scenes.NUM_ATTRIBUTES.items()}
+TABLES = DENSE | SCENE_TABLES
 ROLES = (*slips.KEYS, slips.SHOP, slips.ITEM)
 LONGEST = 11  # signs in a value, and one for its end
 # Of every patch of a slip: what its line is, the line's first sign, and which sign of the value stands in either cell,
@@ -132,7 +132,7 @@ class GridBatches:
         ids, labels, starts = self._prompt([(q.text, q.answer) for q in questions])
         self._fill(batch, row, ids, labels)
         dense = scene_labels(scene, scenes.IMAGE_SIZE // slips.PATCH)
-        for column, name in enumerate(_SCENE, start=len(DENSE)):
+        for column, name in enumerate(SCENE_TABLES, start=len(DENSE)):
             batch.grid[row, :, column] = dense[name]
         batch.whole[row] = 1 + int(dense["background"])
         for start, question in zip(starts, questions, strict=False):

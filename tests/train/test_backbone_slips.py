@@ -10,7 +10,7 @@ from visplice.lm.checkpoint import load_llama
 from visplice.lm.extension import embedded_folder
 from visplice.lm.prompt import IGNORE
 from visplice.train import scenes, slip_words, slips
-from visplice.train.backbone_slips import TABLES_FILE, Tables, train_slips
+from visplice.train.backbone_slips import train_slips
 from visplice.train.grid_batches import (
     BLOCK,
     LINE_LABELS,
@@ -21,6 +21,7 @@ from visplice.train.grid_batches import (
     TABLES,
     GridBatches,
 )
+from visplice.train.grid_tables import SYMBOLS_FILE, Tables, load_symbols
 from visplice.train.slip_heads import DENSE, SlipHeads, slip_labels
 from visplice.train.slips import SIGNS
 
@@ -152,14 +153,14 @@ def test_patches_of_a_slip_are_labelled_with_its_signs():
 
 def test_course_goes_on_from_a_llama_and_its_tables(tmp_path):
     train_slips(tmp_path / "one", start=embedded_folder("lm"), steps=2, seed=0, rows=(2, 1, 1))
-    assert (tmp_path / "one" / TABLES_FILE).is_file()
+    assert (tmp_path / "one" / SYMBOLS_FILE).is_file()
     train_slips(tmp_path / "two", start=tmp_path / "one", steps=1, seed=0, rows=(2, 1, 1))
     first, second = (load_llama(tmp_path / name) for name in ("one", "two"))
     assert (tmp_path / "two/tokenizer.json").read_bytes() == (embedded_folder("lm") / "tokenizer.json").read_bytes()
     moved = (second.layers[0].attention.wq.weight - first.layers[0].attention.wq.weight).abs().max()
     assert 0 < moved < 0.1 * first.layers[0].attention.wq.weight.abs().max()
-    tables = [torch.load(tmp_path / name / TABLES_FILE, weights_only=True) for name in ("one", "two")]
-    assert (tables[1]["sentinels"] - tables[0]["sentinels"]).abs().max() < 0.01
+    one, two = (load_symbols(tmp_path / name).sentinels for name in ("one", "two"))
+    assert 0 < (two - one).abs().max() < 0.01
 
 
 def test_labels_have_the_sizes_of_their_heads(tokenizer):
