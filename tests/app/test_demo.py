@@ -22,6 +22,7 @@ SMALL = Plan(
     hidden=32,
     align_steps=2,
     align_batch=8,
+    symbol_steps=2,
     instruct_steps=2,
     instruct_batch=8,
 )
@@ -56,7 +57,7 @@ def test_report_has_its_fields_as_fractions(made: tuple[Path, dict[str, object]]
     # 192 -> 32 -> 256 with biases, and two sentinels.
     assert report["trainable_parameters"] == 192 * 32 + 32 + 32 * 256 + 256 + 2 * 256
     assert report["frozen_unchanged"] is True
-    assert {"data", "align", "instruct", "evaluate", "total"} <= set(report["seconds"])  # type: ignore[call-overload]
+    assert {"data", "align", "symbols", "instruct", "evaluate", "total"} <= set(report["seconds"])  # type: ignore[call-overload]
 
 
 def test_ablations_cover_every_broken_part(made: tuple[Path, dict[str, object]]) -> None:
