@@ -11,6 +11,7 @@ and for every sign of an answer where it is to be read.
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from visplice.train.grid_tables import SYMBOLS_FILE, Tables, load_symbols, save_
 from visplice.train.slip_heads import DENSE
 
 SLIP_STEPS = 5000
+ROWS = (6, 3, 4)  # of a step: slips, scenes as grids, scenes in words
 LINE_LAYER, READ_LAYER, SIGN_LAYER = 2, 3, 4  # behind which these, and the sign, have to be known
 
 
@@ -71,7 +73,7 @@ def train_slips(
     start: Path,
     steps: int = SLIP_STEPS,
     seed: int,
-    rows: tuple[int, int, int] = (6, 3, 4),
+    rows: Sequence[int] = ROWS,
     width: int = 160,
     lr: float = 0.01,
     noise: float = 0.1,

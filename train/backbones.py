@@ -73,6 +73,8 @@ def main() -> None:
                 start=start,
                 steps=of_slips,
                 seed=args.seed,
+                rows=args.rows,
+                lr=args.lr,
                 noise=args.noise,
                 vary=args.vary,
                 compiled=args.compile,
