@@ -35,6 +35,10 @@ def main() -> None:
         "--start", type=Path, help="LLaMA folder to go on from, with 0 for the steps of the courses it had"
     )
     parser.add_argument(
+        "--rows", type=int, nargs=3, default=ROWS, help="slips, grids and words in a step of it; default: %(default)s"
+    )
+    parser.add_argument("--lr", type=float, default=0.01, help="peak rate of it; default: %(default)s")
+    parser.add_argument(
         "--noise", type=float, default=0.1, help="of the course on slips, the most; default: %(default)s"
     )
     parser.add_argument("--vary", type=float, default=0.0, help="of its grids; default: %(default)s")
