@@ -10,7 +10,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from visplice.train.backbone_slips import SLIP_STEPS, train_slips
+from visplice.train.backbone_slips import ROWS, SLIP_STEPS, train_slips
 from visplice.train.backbone_text import COURSES, train_text
 from visplice.train.backbone_vision import VISION_STEPS, train_vision
 
