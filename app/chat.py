@@ -29,7 +29,7 @@ from visplice.app.make_examples import EXAMPLES, assets
 from visplice.lm.extension import EMBEDDED, load_extension, read_extension
 from visplice.lm.generate import Sampling
 from visplice.lm.vision_llama import VisionLlama
-from visplice.train import scene_words, scenes
+from visplice.train import scene_words, scenes, slips
 from visplice.vision.image import ImageError, open_image
 
 PREVIEW = 1024  # longest side of the picture that is sent back to the page, pixels
@@ -75,12 +75,15 @@ def shapes_note() -> str:
     ]
     return "\n".join(
         [
-            "This small model knows pictures of one to four colored shapes, and nothing else:",
+            "This small model knows pictures of one to four colored shapes, small printed slips, and nothing else:",
             "",
             *(f"- **{label}:** {', '.join(names)}" for label, names in rows),
             "",
             "Ask about color, shape, number, existence, position, or compare two shapes; or write "
             f"“{scene_words.DESCRIBE[0]}” or “{scene_words.TELL}”",
+            "",
+            "- **slips:** receipts and labels in capitals, like the last example; ask for the shop, the price of a "
+            f"thing, or what stands behind {', '.join(slips.KEYS)}",
             "",
             "`visplice chat --model FOLDER` opens another model.",
         ]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from visplice.train import scenes
+from visplice.train import scenes, slips
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Example:
     seed: int
     question: str
     answer: str
+    slip: bool = False  # a slip, not a scene
 
 
 EXAMPLES = (
@@ -34,6 +35,7 @@ EXAMPLES = (
         "a small red ring at the top and a big red square at the top right and a small green circle at the left "
         "and a small purple circle at the right on a black background.",
     ),
+    Example("example_7.png", 1, "How much is the STANYL?", "4.31", slip=True),
 )
 
 
@@ -42,9 +44,12 @@ def assets() -> Path:
     return Path(str(files("visplice.app"))) / "assets"
 
 
-def scene_of(example: Example) -> tuple[scenes.Scene, Image.Image]:
-    """The scene of an example and its picture, in 256 colours, which halves the file and cannot be seen."""
+def drawn(example: Example) -> tuple[scenes.Scene | slips.Slip, Image.Image]:
+    """What an example shows and its picture, in 256 colours, which halves the file and cannot be seen."""
     rng = random.Random(f"example {example.seed}")
+    if example.slip:
+        slip = slips.sample_slip(rng, scenes.TEST)
+        return slip, slips.render(slip, rng).quantize(256, dither=Image.Dither.NONE)
     scene = scenes.sample_scene(rng, scenes.TEST)
     return scene, scenes.render(scene, rng).quantize(256, dither=Image.Dither.NONE)
 
@@ -56,7 +61,7 @@ def main() -> None:
     folder = parser.parse_args().out
     folder.mkdir(parents=True, exist_ok=True)
     for example in EXAMPLES:
-        scene_of(example)[1].save(folder / example.name, optimize=True)
+        drawn(example)[1].save(folder / example.name, optimize=True)
         print(folder / example.name)
 
 

@@ -6,19 +6,23 @@ heads that read the labels are thrown away.
 
 import random
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from visplice.train import scenes
+from visplice.train import scenes, slips
 from visplice.train.backbone_optim import optimizers, schedule, step_all
+from visplice.train.slip_heads import SlipHeads, slip_labels
 from visplice.vision.encoder import EncoderConfig, build_vit
 
-VISION_STEPS = 3000
+VISION_STEPS = (3000, 6000)  # of the course of scenes alone, and of that of scenes and slips
 VISION = EncoderConfig(
     model="vit_base_patch16_clip_quickgelu_224",
     weights=None,
@@ -91,42 +95,95 @@ class SceneHeads(nn.Module):
         return loss, torch.stack(right).all(0).float().mean()
 
 
-def train_vision(out: Path, *, steps: int, seed: int, batch: int = 64, compiled: bool = False) -> None:
-    """Trains the small ViT on labelled pictures and writes `encoder.safetensors` to `out`."""
+@dataclass(frozen=True)
+class _Batch:
+    """Drawn pictures, scenes before slips, and the labels of both."""
+
+    pixels: Tensor  # [B, 3, H, W], 0 to 1
+    scenes: dict[str, Tensor]
+    slips: dict[str, Tensor]
+
+
+def _draw(rng: random.Random, num_scenes: int, num_slips: int) -> _Batch:
+    pictures, scene_rows, slip_rows = [], [], []
+    for _ in range(num_scenes):
+        scene = scenes.sample_scene(rng, scenes.TRAIN)
+        pictures.append(np.asarray(scenes.render(scene, rng)))
+        scene_rows.append(scene_labels(scene, scenes.IMAGE_SIZE // 14))
+    for _ in range(num_slips):
+        slip = slips.sample_slip(rng, scenes.TRAIN)
+        pictures.append(np.asarray(slips.render(slip, rng)))
+        slip_rows.append(slip_labels(slip))
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    stacked = [
+        {name: torch.stack([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+        for rows in (scene_rows, slip_rows)
+    ]
+    return _Batch(pixels, *stacked)
+
+
+def train_vision(
+    out: Path,
+    *,
+    steps: Sequence[int] = VISION_STEPS,
+    start: Path | None = None,
+    seed: int,
+    batch: int = 64,
+    compiled: bool = False,
+) -> None:
+    """Trains the small ViT on labelled pictures and writes `encoder.safetensors` to `out`.
+
+    Args:
+        steps: of the course of scenes alone, and of the course behind it, of whose pictures three in eight are scenes
+            and the others slips.
+        start: an `encoder.safetensors` to go on from.
+    """
     torch.manual_seed(seed)
-    rng = random.Random(seed + 2)
     model = build_vit(VISION)
-    heads = nn.ModuleList(SceneHeads(model.embed_dim) for _ in range(2))  # for the block before the last, and the last
+    if start is not None:
+        model.load_state_dict({name: tensor.float() for name, tensor in load_file(start).items()})
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     for block in model.blocks if compiled else ():
         block.attn.fused_attn = False  # in bf16 on a CPU, three times slower than the plain matrices
         block.compile(dynamic=False)
+    for number, (of_course, num_slips) in enumerate(zip(steps, (0, batch * 5 // 8), strict=True)):
+        rng = random.Random(seed + 2 + number)
+        _teach(model, rng, of_course, batch - num_slips, num_slips, out=out, compiled=compiled)
+
+
+def _teach(
+    model: Any, rng: random.Random, steps: int, num_scenes: int, num_slips: int, *, out: Path, compiled: bool
+) -> None:
+    """One course of as many scenes and slips a step; writes the encoder as it goes."""
+    kinds = [SceneHeads] + ([SlipHeads] if num_slips else [])
+    # For the block before the last, and the last.
+    heads = nn.ModuleList(nn.ModuleList(kind(model.embed_dim) for kind in kinds) for _ in range(2))
     named = [*model.named_parameters(), *heads.named_parameters(prefix="heads")]
     hidden = [p for n, p in named if p.dim() == 2 and n.startswith("blocks.")]
     others = [p for n, p in named if not (p.dim() == 2 and n.startswith("blocks."))]
     optimizer_list = optimizers(hidden, others, lr=0.02)
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
-    started, grid, before_last = time.time(), scenes.IMAGE_SIZE // 14, len(model.blocks) - 2
+    started, before_last = time.time(), len(model.blocks) - 2
     for step in range(steps):
-        drawn = [scenes.sample_scene(rng, scenes.TRAIN) for _ in range(batch)]
-        pictures = np.stack([np.asarray(scenes.render(scene, rng)) for scene in drawn])
-        pixels = (torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255 - mean) / std
-        rows = [scene_labels(scene, grid) for scene in drawn]
-        labels = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        drawn = _draw(rng, num_scenes, num_slips)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=compiled):
             last, taps = model.forward_intermediates(
-                pixels, indices=[before_last], return_prefix_tokens=True, output_fmt="NLC"
+                (drawn.pixels - mean) / std, indices=[before_last], return_prefix_tokens=True, output_fmt="NLC"
             )
         patches, prefix = taps[0]
-        loss, right = heads[0](prefix[:, 0].float(), patches.float(), labels)
-        loss = loss + heads[1](last[:, 0].float(), last[:, 1:].float(), labels)[0]
+        streams = ((prefix[:, 0].float(), patches.float()), (last[:, 0].float(), last[:, 1:].float()))
+        loss, shares = torch.zeros(()), []
+        for readers, (cls, patches) in zip(heads, streams, strict=True):
+            parts = (slice(num_scenes), drawn.scenes), (slice(num_scenes, None), drawn.slips)
+            for reader, (rows, labels) in zip(readers, parts, strict=False):
+                own, right = reader(cls[rows], patches[rows], labels)
+                loss = loss + own
+                shares.append(f"{right.item():.4f}")
         loss.backward()
         step_all(optimizer_list, schedule(step, steps))
         if step % 50 == 0 or step == steps - 1:
-            print(
-                f"step {step} loss {loss.item():.3f} centres {right.item():.4f} {time.time() - started:.0f}s",
-                flush=True,
-            )
+            read = ", ".join(shares[: len(kinds)])  # centres of objects, signs of slips
+            print(f"step {step} loss {loss.item():.3f} read right {read} {time.time() - started:.0f}s", flush=True)
         if step % 500 == 499 or step == steps - 1:
             out.mkdir(parents=True, exist_ok=True)
             state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}

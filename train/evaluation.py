@@ -1,13 +1,13 @@
-"""Answers to the questions of a VQAv2 folder, their score, and the controls that show what the picture is worth."""
+"""Answers to the questions of a VQAv2 or DocVQA folder, and the controls that show what the picture is worth."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,10 +15,26 @@ from tqdm import tqdm
 
 from visplice.lm.generate import Sampling, generate, pad_left
 from visplice.lm.vision_llama import VisionLlama
+from visplice.train import slip_data
 from visplice.train.data.shards import read_samples
 from visplice.train.scene_data import ANNOTATIONS_FILE, QUESTIONS_FILE, image_name
+from visplice.train.scoring.docvqa import score_docvqa
+from visplice.train.scoring.files import JsonFile
+from visplice.train.scoring.result import Scored
 
-SHORT = Sampling(max_new_tokens=8)
+SHORT = Sampling(max_new_tokens=12)  # an answer on a slip is at most ten signs, with a blank before and an end behind
+
+
+class QuestionSet(Protocol):
+    """Questions about pictures, each `{"image_id", "question_id", "question"}`."""
+
+    @property
+    def questions(self) -> list[dict[str, Any]]: ...
+
+    @property
+    def image_ids(self) -> list[int]: ...
+
+    def image_path(self, image_id: int) -> Path: ...
 
 
 @dataclass(frozen=True)
@@ -43,6 +59,41 @@ class VqaSet:
 
     def image_path(self, image_id: int) -> Path:
         return self.folder / "images" / image_name(image_id)
+
+
+@dataclass(frozen=True)
+class DocSet:
+    """A folder in DocVQA's layout."""
+
+    folder: Path
+    annotations: dict[str, Any]  # the official file
+
+    @classmethod
+    def read(cls, folder: Path) -> DocSet:
+        return cls(folder, json.loads((folder / slip_data.ANNOTATIONS_FILE).read_text()))
+
+    @property
+    def questions(self) -> list[dict[str, Any]]:
+        return [
+            {"image_id": row["docId"], "question_id": row["questionId"], "question": row["question"]}
+            for row in self.annotations["data"]
+        ]
+
+    @property
+    def image_ids(self) -> list[int]:
+        return list(dict.fromkeys(row["docId"] for row in self.annotations["data"]))
+
+    def image_path(self, image_id: int) -> Path:
+        return self.folder / next(row["image"] for row in self.annotations["data"] if row["docId"] == image_id)
+
+    def score(self, answers: Mapping[int, str]) -> Scored:
+        """ANLS, as `visplice score docvqa` gives it."""
+        said = [{"questionId": question_id, "answer": answer} for question_id, answer in answers.items()]
+        return score_docvqa(_in_memory("annotations", self.annotations), _in_memory("predictions", said))
+
+
+def _in_memory(path: str, value: Any) -> JsonFile:
+    return JsonFile(path=path, sha256="", value=value)
 
 
 @torch.inference_mode()
@@ -75,18 +126,32 @@ def _decode(
 
 
 def answer_with_images(
-    model: VisionLlama, vqa: VqaSet, features: Tensor, *, batch: int = 64, desc: str = "answering"
+    model: VisionLlama, asked: QuestionSet, features: Tensor, *, batch: int = 64, desc: str = "answering"
 ) -> dict[int, str]:
-    """Question id to answer; `features` `[M, N, d_vision]` in the order of `vqa.image_ids`."""
-    row_of = {image_id: row for row, image_id in enumerate(vqa.image_ids)}
-    prompts = [_prompt(model, "<image>" + q["question"]) for q in vqa.questions]
+    """Question id to answer; `features` `[M, N, d_vision]` in the order of `asked.image_ids`."""
+    row_of = {image_id: row for row, image_id in enumerate(asked.image_ids)}
+    questions = asked.questions
+    prompts = [_prompt(model, "<image>" + q["question"]) for q in questions]
 
     def embed(index: int, ids: Tensor) -> Tensor:
-        row = row_of[vqa.questions[index]["image_id"]]
+        row = row_of[questions[index]["image_id"]]
         return model.embed(ids[None], features[row : row + 1])[0]
 
     answers = _decode(model, prompts, embed, batch, desc)
-    return {q["question_id"]: a for q, a in zip(vqa.questions, answers, strict=True)}
+    return {q["question_id"]: a for q, a in zip(questions, answers, strict=True)}
+
+
+def blind_answers(
+    model: VisionLlama, asked: QuestionSet, features: Tensor, shards: Sequence[Path]
+) -> dict[str, dict[int, str]]:
+    """By control, question id to answer: without the picture, with another one, or without the model."""
+    side = model.encoder.config.image_size
+    blank = model.features(torch.zeros(1, 3, side, side, device=model.device)).expand_as(features)
+    return {
+        "blank picture": answer_with_images(model, asked, blank, desc="blank picture"),
+        "another picture": answer_with_images(model, asked, features.roll(1, 0), desc="another picture"),
+        "most frequent answer": most_frequent_answers(shards, asked),
+    }
 
 
 def answer_with_words(model: VisionLlama, vqa: VqaSet, *, batch: int = 64) -> dict[int, str]:
@@ -96,18 +161,18 @@ def answer_with_words(model: VisionLlama, vqa: VqaSet, *, batch: int = 64) -> di
     return {q["question_id"]: a for q, a in zip(vqa.questions, answers, strict=True)}
 
 
-def answer_when_broken(model: VisionLlama, vqa: VqaSet, features: Tensor) -> dict[str, dict[int, str]]:
+def answer_when_broken(model: VisionLlama, asked: QuestionSet, features: Tensor) -> dict[str, dict[int, str]]:
     """By what is broken, question id to answer: each picture's features are another's, or the projector says nothing.
 
     The model is as it was afterwards.
     """
     shuffled = features[torch.randperm(len(features), generator=torch.Generator().manual_seed(1))]
-    answers = {"features shuffled between pictures": answer_with_images(model, vqa, shuffled, desc="shuffled")}
+    answers = {"features shuffled between pictures": answer_with_images(model, asked, shuffled, desc="shuffled")}
     state = {name: tensor.clone() for name, tensor in model.projector.state_dict().items()}
     with torch.no_grad():
         for parameter in model.projector.linear_2.parameters():
             parameter.zero_()
-    answers["projector zeroed"] = answer_with_images(model, vqa, features, desc="projector zeroed")
+    answers["projector zeroed"] = answer_with_images(model, asked, features, desc="projector zeroed")
     model.projector.load_state_dict(state)
     return answers
 
@@ -120,7 +185,7 @@ def _prompt(model: VisionLlama, question: str, description: str | None = None) -
     return torch.tensor(prompt.ids, device=model.device)
 
 
-def most_frequent_answers(shards: Sequence[Path], vqa: VqaSet) -> dict[int, str]:
+def most_frequent_answers(shards: Sequence[Path], asked: QuestionSet) -> dict[int, str]:
     """Question id to the answer that training gave most often to the same question text.
 
     A text that training never asked gets the overall most frequent answer.
@@ -134,5 +199,5 @@ def most_frequent_answers(shards: Sequence[Path], vqa: VqaSet) -> dict[int, str]
     overall = sum(counts.values(), Counter()).most_common(1)[0][0]
     return {
         q["question_id"]: counts[q["question"]].most_common(1)[0][0] if q["question"] in counts else overall
-        for q in vqa.questions
+        for q in asked.questions
     }

@@ -6,7 +6,7 @@ import io
 import json
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,21 @@ TRAINING_KINDS = (*scene_words.QUESTION_TYPES, "count", "background")
 NUM_ANSWERS = 10  # VQAv2 asks ten people; here all ten know the scene
 
 
-def _png(image: Image.Image) -> bytes:
+def png(image: Image.Image) -> bytes:
+    """The bytes of a picture's file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def conversation(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """Questions and answers about a picture as LLaVA writes them."""
+    written = []
+    for number, (question, answer) in enumerate(turns):
+        mark = "<image>\n" if number == 0 else ""
+        written.append({"from": "human", "value": mark + question})
+        written.append({"from": "gpt", "value": answer})
+    return written
 
 
 def training_samples(count: int, seed: int, questions: int) -> Iterator[Sample]:
@@ -42,18 +53,18 @@ def training_samples(count: int, seed: int, questions: int) -> Iterator[Sample]:
             turns[rng.randrange(len(turns))] = (
                 longer if kind < 0.1 else (scene_words.TELL, scene_words.facts(scene, rng, 8))
             )
-        conversations = []
-        for number, (question, answer) in enumerate(turns):
-            mark = "<image>\n" if number == 0 else ""
-            conversations.append({"from": "human", "value": mark + question})
-            conversations.append({"from": "gpt", "value": answer})
-        record = {"captions": [scene_words.caption(scene)], "conversations": conversations}
-        yield Sample(key=f"scene{index:06d}", images=(("png", _png(scenes.render(scene, rng))),), record=record)
+        record = {"captions": [scene_words.caption(scene)], "conversations": conversation(turns)}
+        yield Sample(key=f"scene{index:06d}", images=(("png", png(scenes.render(scene, rng))),), record=record)
 
 
 def write_training(folder: Path, *, count: int, seed: int, questions: int = 6) -> bool:
     """Writes the training shards unless they are there, whole and made the same way; says whether it wrote."""
     source = {"name": "scenes", "split": scenes.TRAIN, "count": count, "seed": seed, "questions": questions}
+    return write_once(training_samples(count, seed, questions), folder, source)
+
+
+def write_once(samples: Iterator[Sample], folder: Path, source: dict[str, Any]) -> bool:
+    """Writes shards unless those of the same source are there, whole; says whether it wrote."""
     try:
         manifest = read_manifest(folder)
         whole = all((folder / shard["name"]).stat().st_size == shard["bytes"] for shard in manifest["shards"])
@@ -61,7 +72,7 @@ def write_training(folder: Path, *, count: int, seed: int, questions: int = 6) -
             return False
     except (ValueError, FileNotFoundError):
         pass
-    write_shards(training_samples(count, seed, questions), folder, source=source)
+    write_shards(samples, folder, source=source)
     return True
 
 

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from visplice.app import chat, cli
-from visplice.app.make_examples import EXAMPLES, assets, scene_of
+from visplice.app.make_examples import EXAMPLES, assets, drawn
 from visplice.lm.extension import embedded_folder
-from visplice.train import scene_words, scenes
+from visplice.train import scene_words, scenes, slip_words, slips
 from visplice.vision.image import ImageError
 
 
@@ -42,7 +42,7 @@ def test_preview_is_bounded_and_leaves_the_picture_alone() -> None:
 
 def test_note_names_everything_of_the_embedded_task() -> None:
     note = chat.shapes_note()
-    for word in (*scenes.COLORS, *scenes.SHAPES, *scenes.SIZES, *scenes.POSITIONS, *scenes.BACKGROUNDS):
+    for word in (*scenes.COLORS, *scenes.SHAPES, *scenes.SIZES, *scenes.POSITIONS, *scenes.BACKGROUNDS, *slips.KEYS):
         assert word in note
     assert "visplice chat --model FOLDER" in note
 
@@ -68,13 +68,16 @@ def test_page_answers_one_tab_at_a_time_and_offers_no_api(tmp_path: Any, monkeyp
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
 def test_example_is_what_its_seed_draws_and_its_answer_is_right(example: Any) -> None:
-    scene, picture = scene_of(example)
+    shown, picture = drawn(example)
     shipped = Image.open(assets() / example.name).convert("RGB")
     difference = np.abs(np.asarray(shipped, np.int16) - np.asarray(picture.convert("RGB"), np.int16))
     assert difference.mean() < 1  # not zero everywhere: versions of Pillow may round otherwise
-    right = {question: scene_words.caption(scene) for question in scene_words.DESCRIBE}
+    right: dict[str, str] = {}
+    if isinstance(shown, scenes.Scene):
+        right = {question: scene_words.caption(shown) for question in scene_words.DESCRIBE}
     for seed in range(300):
-        right |= {q.text: q.answer for q in scene_words.ask(scene, random.Random(seed), 4)}
+        ask: Any = scene_words.ask if isinstance(shown, scenes.Scene) else slip_words.ask
+        right |= {q.text: q.answer for q in ask(shown, random.Random(seed), 4)}
     assert right[example.question] == example.answer
 
 

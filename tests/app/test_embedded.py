@@ -1,4 +1,4 @@
-"""The shipped model on fresh test scenes: it reads, it sees, and it does not when a part is broken."""
+"""The shipped model on fresh test scenes and slips: it reads, it sees, and it does not when a part is broken."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import torch
 
 from visplice.lm.extension import EMBEDDED, load_extension
 from visplice.lm.vision_llama import VisionLlama
-from visplice.train import vqa_metric
-from visplice.train.evaluation import VqaSet, answer_with_images, answer_with_words, encode_images
+from visplice.train import slip_data, vqa_metric
+from visplice.train.evaluation import DocSet, VqaSet, answer_with_images, answer_with_words, encode_images
 from visplice.train.scene_data import write_test
 
 
@@ -50,6 +50,30 @@ def test_zeroed_projector_leaves_no_more_than_guessing(vqa: VqaSet, features: to
     torch.nn.init.zeros_(broken.projector.linear_2.weight)
     torch.nn.init.zeros_(broken.projector.linear_2.bias)
     assert accuracy(vqa, answer_with_images(broken, vqa, features)) < 0.55
+
+
+@pytest.fixture(scope="module")
+def docs(tmp_path_factory: pytest.TempPathFactory) -> DocSet:
+    folder = tmp_path_factory.mktemp("slips")
+    slip_data.write_test(folder, count=60, seed=4321)
+    return DocSet.read(folder)
+
+
+@pytest.fixture(scope="module")
+def slip_features(model: VisionLlama, docs: DocSet) -> torch.Tensor:
+    return encode_images(model, [docs.image_path(i) for i in docs.image_ids])
+
+
+def test_model_reads_words_and_numbers_that_it_never_saw(
+    model: VisionLlama, docs: DocSet, slip_features: torch.Tensor
+) -> None:
+    assert docs.score(answer_with_images(model, docs, slip_features)).value > 0.6
+
+
+def test_another_slip_leaves_no_more_than_guessing(
+    model: VisionLlama, docs: DocSet, slip_features: torch.Tensor
+) -> None:
+    assert docs.score(answer_with_images(model, docs, slip_features.roll(1, 0))).value < 0.2
 
 
 def test_shipped_projector_belongs_to_the_shipped_backbones_and_is_small() -> None:

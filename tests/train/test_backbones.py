@@ -227,10 +227,19 @@ def test_later_course_goes_on_from_a_llama_that_had_the_others(tmp_path):
 
 
 def test_trained_vision_backbone_opens_as_an_encoder(tmp_path):
-    train_vision(tmp_path, steps=2, seed=0, batch=2)
+    train_vision(tmp_path, steps=(1, 2), seed=0, batch=8)
     encoder = VisionEncoder(EncoderConfig(**VISION.to_dict() | {"weights": str(tmp_path / "encoder.safetensors")}))
     assert encoder(torch.zeros(1, 3, 112, 112)).isfinite().all()
     assert {t.dtype for t in load_file(tmp_path / "encoder.safetensors").values()} == {torch.float16}
+
+
+def test_vision_backbone_goes_on_from_another(tmp_path):
+    shipped = embedded_folder("vision") / "encoder.safetensors"
+    train_vision(tmp_path, steps=(0, 1), start=shipped, seed=0, batch=8)
+    before, after = load_file(shipped), load_file(tmp_path / "encoder.safetensors")
+    name = "blocks.0.attn.qkv.weight"
+    moved = (after[name].float() - before[name].float()).abs().max()
+    assert 0 < moved < 0.1 * before[name].float().abs().max()
 
 
 def test_shipped_tokenizer_writes_the_words_of_the_task_as_one_id_each(tokenizer):

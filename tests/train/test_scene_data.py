@@ -147,7 +147,7 @@ def test_training_samples_have_a_picture_a_caption_and_a_conversation(scenes_fol
 
 def test_no_training_text_names_a_held_out_combination(monkeypatch):
     monkeypatch.setattr(scenes, "render", lambda scene, rng: None)
-    monkeypatch.setattr(scene_data, "_png", lambda image: b"")
+    monkeypatch.setattr(scene_data, "png", lambda image: b"")
     found = 0
     for sample in training_samples(400, seed=7, questions=6):
         (caption,) = sample.record["captions"]
