@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from visplice.lm.generate import Sampling, generate, pad_left
+from visplice.lm.shared_prefix import Asked, answer
 from visplice.lm.vision_llama import VisionLlama
 from visplice.train import slip_data
 from visplice.train.data.shards import read_samples
@@ -104,41 +105,30 @@ def encode_images(model: VisionLlama, paths: Iterable[Path], batch: int = 64) ->
     return torch.cat(parts)
 
 
-def _decode(
-    model: VisionLlama, prompts: Sequence[Tensor], embed: Callable[[int, Tensor], Tensor], batch: int, desc: str
-) -> list[str]:
-    """Greedy answers to id sequences; neighbours in length share a batch, so that little is padding."""
-    answers = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    with torch.inference_mode(), tqdm(total=len(prompts), desc=desc, unit="question", mininterval=1.0) as bar:
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
-            embeddings, lengths = pad_left([embed(i, prompts[i]) for i in chosen])
-            tokens: list[list[int]] = [[] for _ in chosen]
-            for step in generate(model.lm, embeddings, lengths, SHORT, model.prompts.stop_ids):
-                for row, token in zip(tokens, step, strict=True):
-                    if token is not None:
-                        row.append(token)
-            for index, row in zip(chosen, tokens, strict=True):
-                answers[index] = model.tokenizer.decode(row)
-            bar.update(len(chosen))
-    return answers
-
-
 def answer_with_images(
-    model: VisionLlama, asked: QuestionSet, features: Tensor, *, batch: int = 64, desc: str = "answering"
+    model: VisionLlama, asked: QuestionSet, features: Tensor, *, batch: int = 16, desc: str = "answering"
 ) -> dict[int, str]:
-    """Question id to answer; `features` `[M, N, d_vision]` in the order of `asked.image_ids`."""
-    row_of = {image_id: row for row, image_id in enumerate(asked.image_ids)}
-    questions = asked.questions
-    prompts = [_prompt(model, "<image>" + q["question"]) for q in questions]
-
-    def embed(index: int, ids: Tensor) -> Tensor:
-        row = row_of[questions[index]["image_id"]]
-        return model.embed(ids[None], features[row : row + 1])[0]
-
-    answers = _decode(model, prompts, embed, batch, desc)
-    return {q["question_id"]: a for q, a in zip(questions, answers, strict=True)}
+    """Question id to answer; `features` `[M, N, d_vision]` as `asked.image_ids` has them, `batch` pictures at once."""
+    by_image: dict[int, list[dict[str, Any]]] = {image_id: [] for image_id in asked.image_ids}
+    for question in asked.questions:
+        by_image[question["image_id"]].append(question)
+    groups, answers = list(by_image.values()), dict[int, str]()
+    with tqdm(total=len(asked.questions), desc=desc, unit="question", mininterval=1.0) as bar:
+        for first in range(0, len(groups), batch):
+            own = groups[first : first + batch]
+            together = [
+                Asked(
+                    prompts=[_prompt(model, "<image>" + question["question"]).tolist() for question in group],
+                    features=features[row : row + 1],
+                )
+                for row, group in enumerate(own, first)
+            ]
+            found = answer(model, together, max_new_tokens=SHORT.max_new_tokens)
+            for group, said in zip(own, found, strict=True):
+                texts = [model.tokenizer.decode(one.ids) for one in said]
+                answers |= zip((question["question_id"] for question in group), texts, strict=True)
+                bar.update(len(group))
+    return answers
 
 
 def blind_answers(
@@ -157,7 +147,21 @@ def blind_answers(
 def answer_with_words(model: VisionLlama, vqa: VqaSet, *, batch: int = 64) -> dict[int, str]:
     """Question id to answer of the decoder alone, the scene given in words where the picture would stand."""
     prompts = [_prompt(model, q["question"], vqa.notes[str(q["image_id"])]["description"]) for q in vqa.questions]
-    answers = _decode(model, prompts, lambda _, ids: model.lm.tok_embeddings(ids), batch, "reading the scene in words")
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that little is padding
+    desc = "reading the scene in words"
+    with torch.inference_mode(), tqdm(total=len(prompts), desc=desc, unit="question", mininterval=1.0) as bar:
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
+            embeddings, lengths = pad_left([model.lm.tok_embeddings(prompts[i]) for i in chosen])
+            tokens: list[list[int]] = [[] for _ in chosen]
+            for step in generate(model.lm, embeddings, lengths, SHORT, model.prompts.stop_ids):
+                for row, token in zip(tokens, step, strict=True):
+                    if token is not None:
+                        row.append(token)
+            for index, row in zip(chosen, tokens, strict=True):
+                answers[index] = model.tokenizer.decode(row)
+            bar.update(len(chosen))
     return {q["question_id"]: a for q, a in zip(vqa.questions, answers, strict=True)}
 
 
