@@ -41,23 +41,23 @@ class Plan:
     """The numbers of the demo; part of every marker, so that other numbers mean other work."""
 
     seed: int = 0
-    train_scenes: int = 8000
+    train_scenes: int = 4000
     test_scenes: int = 400
     questions: int = 6  # behind one training scene
-    train_slips: int = 6000
+    train_slips: int = 3000
     test_slips: int = 250
     hidden: int = 256  # width inside the projector
-    align_steps: int = 80
+    align_steps: int = 40
     align_batch: int = 64
     align_lr: float = 2e-3
-    symbol_steps: int = 300  # of as many pictures as align_batch
+    symbol_steps: int = 220  # of as many pictures as align_batch
     symbol_lr: float = 3e-3
-    instruct_steps: int = 1000  # of 8: every scene once; many small steps beat few large ones
+    instruct_steps: int = 800  # of 8; many small steps beat few large ones
     instruct_batch: int = 8
     instruct_lr: float = 2e-3
 
 
-LONG = {"train_scenes": 24_000, "instruct_steps": 2_800}  # what changes with --long
+LONG = {"train_scenes": 12_000, "train_slips": 9_000, "instruct_steps": 2_600}  # what changes with --long
 ENCODER = replace(VISION, weights=EMBEDDED)
 
 

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,8 @@ def looking(model: Llama, stream: Tensor, looks: Tensor) -> Tensor:
     The first half of its heads looks for first signs of patches, the other for second ones; one head of each group of
     keys and values is told where.
     """
-    layer, context = model.layers[SIGN_LAYER - 1], model.context(stream)
+    layer: Any = model.layers[SIGN_LAYER - 1]
+    context = model.context(stream)
     attention, x = layer.attention, layer.attention_norm(stream)
     shape = (*x.shape[:2], -1, attention.head_dim)
     sides = (attention.wq(x).view(shape).transpose(1, 2), attention.wk(x).view(shape).transpose(1, 2))

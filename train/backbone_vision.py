@@ -6,10 +6,10 @@ heads that read the labels are thrown away.
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -175,7 +175,8 @@ def _teach(
         loss, shares = torch.zeros(()), []
         for readers, (cls, patches) in zip(heads, streams, strict=True):
             parts = (slice(num_scenes), drawn.scenes), (slice(num_scenes, None), drawn.slips)
-            for reader, (rows, labels) in zip(readers, parts, strict=False):
+            each: Iterable[Any] = cast(nn.ModuleList, readers)
+            for reader, (rows, labels) in zip(each, parts, strict=False):
                 own, right = reader(cls[rows], patches[rows], labels)
                 loss = loss + own
                 shares.append(f"{right.item():.4f}")
