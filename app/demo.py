@@ -41,10 +41,10 @@ class Plan:
     """The numbers of the demo; part of every marker, so that other numbers mean other work."""
 
     seed: int = 0
-    train_scenes: int = 4000
+    train_scenes: int = 7000
     test_scenes: int = 400
     questions: int = 6  # behind one training scene
-    train_slips: int = 3000
+    train_slips: int = 1800
     test_slips: int = 250
     hidden: int = 256  # width inside the projector
     align_steps: int = 40
@@ -52,12 +52,13 @@ class Plan:
     align_lr: float = 2e-3
     symbol_steps: int = 220  # of as many pictures as align_batch
     symbol_lr: float = 3e-3
-    instruct_steps: int = 800  # of 8; many small steps beat few large ones
+    instruct_steps: int = 1100  # of 8; many small steps beat few large ones
+    slips_share: float = 0.2  # of the samples of stage 2; after stage 1, slips need fewer of them than scenes do
     instruct_batch: int = 8
     instruct_lr: float = 2e-3
 
 
-LONG = {"train_scenes": 12_000, "train_slips": 9_000, "instruct_steps": 2_600}  # what changes with --long
+LONG = {"train_scenes": 20_000, "train_slips": 5_000, "instruct_steps": 3_100}  # what changes with --long
 ENCODER = replace(VISION, weights=EMBEDDED)
 
 
@@ -105,12 +106,14 @@ class Demo:
         write_json(marker, {"made": made, "seconds": self.seconds[name]})
         return model.to(self.device)
 
-    def stage(self, name: str, build: Callable[[], Any], *, data: Sequence[str], steps: int, batch: int) -> VisionLlama:
+    def stage(
+        self, name: str, build: Callable[[], Any], *, data: Mapping[str, float], steps: int, batch: int
+    ) -> VisionLlama:
         """Trains one of the two stages on sets of shards."""
 
         def train(folder: Path) -> VisionLlama:
             module = build()
-            mixture = {str(self.out / "data" / part): 1.0 for part in data}
+            mixture = {str(self.out / "data" / part): share for part, share in data.items()}
             shards = ShardData(mixture=mixture, batch_size=batch, seed=self.plan.seed)
             fit(module, shards, folder, max_steps=steps, seed=self.plan.seed, accelerator=self.accelerator, name=name)
             model: VisionLlama = module.model
@@ -124,7 +127,7 @@ class Demo:
         def build() -> Align:
             return Align(ENCODER, EMBEDDED, hidden=plan.hidden, optim=OptimConfig(lr=plan.align_lr))
 
-        return self.stage("align", build, data=["train"], steps=plan.align_steps, batch=plan.align_batch)
+        return self.stage("align", build, data={"train": 1.0}, steps=plan.align_steps, batch=plan.align_batch)
 
     def symbols(self) -> VisionLlama:
         plan = self.plan
@@ -146,7 +149,7 @@ class Demo:
             optim = OptimConfig(lr=plan.instruct_lr)
             return Instruct(ENCODER, EMBEDDED, aligned=start, hidden=plan.hidden, optim=optim)
 
-        data = ["train", "slips_train"]
+        data = {"train": 1.0 - plan.slips_share, "slips_train": plan.slips_share}
         return self.stage(name, build, data=data, steps=plan.instruct_steps, batch=plan.instruct_batch)
 
     def evaluate(self, model: VisionLlama, *, ablate: bool) -> tuple[dict[str, Any], dict[str, dict[int, str]]]:
