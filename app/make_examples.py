@@ -45,11 +45,11 @@ def assets() -> Path:
 
 
 def drawn(example: Example) -> tuple[scenes.Scene | slips.Slip, Image.Image]:
-    """What an example shows and its picture, in 256 or 64 colours, which halves the file and cannot be seen."""
+    """What an example shows and its picture, in 256 or 32 colours, which halves the file and cannot be seen."""
     rng = random.Random(f"example {example.seed}")
     if example.slip:
         slip = slips.sample_slip(rng, scenes.TEST)
-        return slip, slips.render(slip, rng).quantize(64, dither=Image.Dither.NONE)
+        return slip, slips.render(slip, rng).quantize(32, dither=Image.Dither.NONE)
     scene = scenes.sample_scene(rng, scenes.TEST)
     return scene, scenes.render(scene, rng).quantize(256, dither=Image.Dither.NONE)
 
