@@ -149,5 +149,7 @@ def test_embedded_task_is_trained_as_in_the_demo(stage):
     config, plan = yaml.safe_load((CONFIGS / f"{stage}.yaml").read_text()), vars(Plan())
     assert config["trainer"]["max_steps"] == plan[f"{stage}_steps"]
     assert config["data"]["batch_size"] == plan[f"{stage}_batch"]
-    assert config["model"]["optim"]["lr"] == plan[f"{stage}_lr"] and config["model"]["hidden"] == plan["hidden"]
+    assert config["model"]["hidden"] == plan["hidden"]
+    if stage == "align":  # the demo's stage 2 begins with a projector that reads already, and takes smaller steps
+        assert config["model"]["optim"]["lr"] == plan["align_lr"]
     assert EncoderConfig(**config["model"]["encoder"]) == ENCODER
