@@ -27,13 +27,13 @@ EXAMPLES = (
     Example("example_2.png", 35, "What shape is at the bottom?", "triangle"),
     Example("example_3.png", 30, "How many stars are there?", "2"),
     Example("example_4.png", 13, "Where is the ring?", "bottom right"),
-    Example("example_5.png", 39, "Is the yellow square bigger than the orange ring?", "yes"),
+    Example("example_5.png", 41, "Is the yellow triangle smaller than the yellow ring?", "yes"),
     Example(
         "example_6.png",
-        2,
+        52,
         "Describe the picture.",
-        "a small red ring at the top and a big red square at the top right and a small green circle at the left "
-        "and a small purple circle at the right on a black background.",
+        "a small orange circle at the left and a small blue star in the center and a big blue circle at the bottom left "
+        "and a small green circle at the bottom right on a gray background.",
     ),
     Example("example_7.png", 1, "How much is the STANYL?", "4.31", slip=True),
 )
