@@ -32,8 +32,8 @@ EXAMPLES = (
         "example_6.png",
         52,
         "Describe the picture.",
-        "a small orange circle at the left and a small blue star in the center and a big blue circle at the bottom left "
-        "and a small green circle at the bottom right on a gray background.",
+        "a small orange circle at the left and a small blue star in the center and a big blue circle at the bottom "
+        "left and a small green circle at the bottom right on a gray background.",
     ),
     Example("example_7.png", 1, "How much is the STANYL?", "4.31", slip=True),
 )
