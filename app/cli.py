@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", default="runs/demo", help="folder for data, models, report and figures (default: %(default)s)"
     )
     demo.add_argument("--no-serve", action="store_true", help="stop before the chat")
-    demo.add_argument("--long", action="store_true", help="three times as long: how the shipped projector was trained")
+    demo.add_argument("--long", action="store_true", help="train three times as long")
     demo.add_argument("--ablate", action="store_true", help="also without stage 1, and with broken parts")
     demo.add_argument(
         "--port", type=_positive, default=7860, help="port of the chat on 127.0.0.1 (default: %(default)s)"

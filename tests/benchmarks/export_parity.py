@@ -3,8 +3,9 @@
     python tests/benchmarks/export_parity.py --questions 500
 
 Prints one table row: the largest difference of logits over all positions of all prompts and the first V ids, both in
-float32 and from the pixels that each side makes itself, how many answers are the same word for word, and the accuracy
-of both sides. Ends with status 1 if an answer differs or a logit by more than 1e-4.
+float32 and from the pixels that each side makes itself, in units of the logits' spread where that is above 1; how many
+answers are the same word for word; and the accuracy of both sides. Ends with status 1 if an answer differs or a logit by
+more than 1e-4.
 """
 
 import argparse
@@ -68,7 +69,8 @@ def compare(model, folder, vqa, batch):
                 inputs = theirs.inputs([question["question"] for question in part], paths)
                 found = theirs.model(**inputs).logits[..., :size]
                 expected = model(inputs["input_ids"], model.pixels(paths))
-                largest = max(largest, (found - expected).abs().max().item())
+                difference = (found - expected).abs().max() / expected.std().clamp(min=1)
+                largest = max(largest, difference.item())
                 texts = theirs.answers(inputs)
                 answers |= {question["question_id"]: text for question, text in zip(part, texts, strict=True)}
                 bar.update(len(part))

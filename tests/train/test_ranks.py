@@ -182,7 +182,9 @@ def check_equal(found, expected):
         assert ours.keys() == theirs.keys()
         largest = max(float(value.abs().max()) for value in theirs.values())
         for name, value in theirs.items():
-            assert (ours[name] - value).abs().max() <= 1e-5 * largest, name
+            assert (ours[name] - value).abs().max() <= 5e-5 * largest, (
+                name
+            )  # float32 on a LLaMA that magnifies rounding
     for name, value in expected[1].items():
         assert (found[1][name] - value).abs().max() <= 1e-6, name
 

@@ -107,7 +107,7 @@ def test_extension_opens_and_gives_the_tokens_of_the_uncached_one(scenes_folder,
         found, expected = (model.projector(model.features(pixels)) for model in (ours, theirs))
     assert F.cosine_similarity(found, expected, dim=-1).min() > 0.999
     target = rms(ours.lm.tok_embeddings.weight)
-    assert rms(found) == pytest.approx(target, rel=0.02)  # from 48 pictures
+    assert rms(found) == pytest.approx(target, rel=0.05)  # from 48 pictures
     assert rms(expected) == pytest.approx(target, rel=0.1)  # from the six of a batch
     assert rms(ours.projector.sentinels) == pytest.approx(target, rel=1e-5)
     assert {**vars(read_extension(cached[1])), "folder": 0} == {**vars(read_extension(uncached[1])), "folder": 0}
