@@ -4,8 +4,8 @@
 
 Prints one table row: the largest difference of logits over all positions of all prompts and the first V ids, both in
 float32 and from the pixels that each side makes itself, in units of the logits' spread where that is above 1; how many
-answers are the same word for word; and the accuracy of both sides. Ends with status 1 if an answer differs or a logit by
-more than 1e-4.
+answers are the same word for word; and the accuracy of both sides. Ends with status 1 if an answer differs or a logit
+by more than 1e-4.
 """
 
 import argparse
