@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
+from visplice.app.arguments import positive
+
 _MODULES = {"import": "importing", "eval": "evaluate"}  # where a verb is no name for a module
 _DATA_JOBS = {
     "convert": "published files and folders of images to shards",
@@ -52,13 +54,6 @@ def _add_llava(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every verb; the arguments of the two stages are left to LightningCLI."""
     parser = argparse.ArgumentParser(prog="visplice", description="Gives a frozen LLaMA sight.")
@@ -72,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--long", action="store_true", help="train three times as long")
     demo.add_argument("--ablate", action="store_true", help="also without stage 1, and with broken parts")
     demo.add_argument(
-        "--port", type=_positive, default=7860, help="port of the chat on 127.0.0.1 (default: %(default)s)"
+        "--port", type=positive, default=7860, help="port of the chat on 127.0.0.1 (default: %(default)s)"
     )
     demo.add_argument("--seed", type=int, default=0, help="fixes data, weights and order (default: %(default)s)")
     demo.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
@@ -84,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)"
     )
-    chat.add_argument("--port", type=_positive, default=7860, help="default: %(default)s")
+    chat.add_argument("--port", type=positive, default=7860, help="default: %(default)s")
     chat.add_argument("--open", action="store_true", help="open the page in the browser")
     chat.add_argument("--seed", type=int, default=None, help="fixes what sampling draws")
     _add_llava(chat)
@@ -94,9 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
     ask.add_argument("question", help="what to ask")
     ask.add_argument("--image", action="append", default=[], metavar="FILE", help="picture; again for several")
     ask.add_argument("--model", default="embedded", help="extension or LLaVA folder (default: the shipped small model)")
-    ask.add_argument("--max-new-tokens", type=_positive, default=64, help="default: %(default)s")
+    ask.add_argument("--max-new-tokens", type=positive, default=64, help="default: %(default)s")
     ask.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    ask.add_argument("--top-k", type=_positive, default=None)
+    ask.add_argument("--top-k", type=positive, default=None)
     ask.add_argument("--top-p", type=float, default=None)
     ask.add_argument("--seed", type=int, default=None, help="fixes what sampling draws")
     _add_llava(ask)
@@ -126,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("--template", default=None, help="prompt template (default: by the control tokens)")
     show.add_argument(
         "--visual-tokens",
-        type=_positive,
+        type=positive,
         default=257,
         help="tokens of one picture, where the folder names no encoder (default: %(default)s, ViT-L/14 at 224 pixels)",
     )

@@ -7,12 +7,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
+from visplice.app.arguments import positive
 
 
 def _not_negative(text: str) -> int:
@@ -31,14 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--examples", type=_not_negative, default=5, metavar="N", help="shown of each kind (default: 5)"
     )
-    parser.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one for each CPU)")
+    parser.add_argument("--workers", type=positive, metavar="N", help="processes (default: one for each CPU)")
     lengths = parser.add_argument_group("lengths")
     lengths.add_argument("--tokenizer", metavar="PATH", help="folder or file (default: that of the embedded model)")
     lengths.add_argument("--template", metavar="NAME", help="of the prompt (default: by the tokenizer)")
     lengths.add_argument(
-        "--visual-tokens", type=_positive, default=257, metavar="N", help="of one picture (default: 257)"
+        "--visual-tokens", type=positive, default=257, metavar="N", help="of one picture (default: 257)"
     )
-    lengths.add_argument("--max-length", type=_positive, metavar="N", help="positions that training allows")
+    lengths.add_argument("--max-length", type=positive, metavar="N", help="positions that training allows")
     same = parser.add_argument_group("near-same pictures")
     same.add_argument("--max-distance", type=int, metavar="BITS", help="of 64 of the perceptual hash (default: 8)")
     same.add_argument("--no-near", action="store_true", help="leave the search out")

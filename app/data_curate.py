@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import Any
 
+from visplice.app.arguments import positive
+
 _LIST = "A,B,..."
 _OWN = (
     "verb",
@@ -41,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         one.add_argument("--dry-run", action="store_true", default=False, help="only report what would be removed")
         one.add_argument("--report", default=None, metavar="FILE", help="write the report as JSON, too")
         if name != "clip-score":
-            one.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes (default: 1)")
+            one.add_argument("--workers", type=positive, default=1, metavar="N", help="processes (default: 1)")
         if answers:
             one.add_argument(
                 "--answers-are-captions",
@@ -84,8 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     length = add("length", "remove captions that are too short or too long")
     for unit in ("words", "characters", "tokens"):
-        length.add_argument(f"--min-{unit}", type=_positive, metavar="N")
-        length.add_argument(f"--max-{unit}", type=_positive, metavar="N")
+        length.add_argument(f"--min-{unit}", type=positive, metavar="N")
+        length.add_argument(f"--max-{unit}", type=positive, metavar="N")
     length.add_argument("--tokenizer", metavar="DIR", help="LLaMA folder or tokenizer file, to count tokens by")
     length.add_argument("--fields", type=_names, metavar=_LIST, help="captions,conversations (default: captions)")
 
@@ -105,16 +107,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--clip-weights", dest="weights", required=True, metavar="FILE", help="weights, or a tag that open_clip knows"
     )
     clip.add_argument("--min-score", type=float, metavar="S", help="cosine (default: 0.2)")
-    clip.add_argument("--batch-size", type=_positive, metavar="N", help="pictures (default: 64)")
-    clip.add_argument("--threads", type=_positive, metavar="N", help="that decode pictures (default: 1)")
+    clip.add_argument("--batch-size", type=positive, metavar="N", help="pictures (default: 64)")
+    clip.add_argument("--threads", type=positive, metavar="N", help="that decode pictures (default: 1)")
     clip.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
 
 
 def _names(text: str) -> tuple[str, ...]:

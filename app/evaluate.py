@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from visplice.app.arguments import positive
+
 TASKS = ("vqav2", "okvqa", "textvqa", "docvqa", "textcaps", "coco")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", help="what the model is asked, {question} in it (default: the usual prompt of the task, printed)"
     )
-    parser.add_argument("--max-new-tokens", type=_positive, help="where an answer is cut off (default: the task's)")
+    parser.add_argument("--max-new-tokens", type=positive, help="where an answer is cut off (default: the task's)")
     parser.add_argument(
         "--blind",
         choices=("blank", "shuffled"),
@@ -40,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also without the right picture: an empty one, or that of other questions; the report compares",
     )
     parser.add_argument(
-        "--batch-size", type=_positive, default=32, metavar="N", help="questions at once (default: %(default)s)"
+        "--batch-size", type=positive, default=32, metavar="N", help="questions at once (default: %(default)s)"
     )
     parser.add_argument(
-        "--workers", type=_positive, default=4, metavar="N", help="threads that open pictures (default: %(default)s)"
+        "--workers", type=positive, default=4, metavar="N", help="threads that open pictures (default: %(default)s)"
     )
     parser.add_argument("--features", metavar="DIR", help="keep what the encoder makes of pictures, for further runs")
     parser.add_argument(

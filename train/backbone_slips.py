@@ -25,7 +25,7 @@ from visplice.lm.prompt import IGNORE
 from visplice.lm.rope import rotate
 from visplice.lm.tokenizer import Tokenizer
 from visplice.train.backbone_optim import optimizers, schedule, step_all
-from visplice.train.backbone_text import BINDING_LAYER, COURSES, FINDING_LAYER, AttributeHeads, TextBatches
+from visplice.train.backbone_text import BINDING_LAYER, COURSES, FINDING_LAYER, AttributeHeads, TextBatches, streams
 from visplice.train.grid_batches import BLOCK, LINE_LABELS, PATCHES, READ_LABELS, GridBatches
 from visplice.train.grid_tables import SYMBOLS_FILE, Tables, load_symbols, save_symbols
 from visplice.train.slip_heads import DENSE
@@ -119,14 +119,7 @@ def train_slips(
     others = [p for n, p in named if not (p.dim() == 2 and n.startswith("layers."))]
     optimizer_list = optimizers(hidden, others, lr=lr)
 
-    def streams(embeddings: Tensor) -> list[Tensor]:
-        """The stream behind every layer."""
-        context, taps = model.context(embeddings), [embeddings]
-        for layer in model.layers:
-            taps.append(layer(taps[-1], context))
-        return taps
-
-    run = torch.compile(streams, dynamic=False) if compiled else streams
+    run = streams(model, compiled=compiled)
     pad, started = tokenizer.control("<|pad|>"), time.time()
     for step, grid, told in zip(range(steps), grids, words, strict=False):
         ids, labels = torch.cat((grid.ids, told.ids)), torch.cat((grid.labels, told.labels))

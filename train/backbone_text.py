@@ -10,7 +10,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,6 +239,18 @@ def train_text(
         teach(model, heads, batches, course, out=out, compiled=compiled)
 
 
+def streams(model: Llama, *, compiled: bool) -> Callable[[Tensor], list[Tensor]]:
+    """A function from embeddings `[B, S, D]` to the stream in front of the first layer and behind every one."""
+
+    def run(embeddings: Tensor) -> list[Tensor]:
+        context, taps = model.context(embeddings), [embeddings]
+        for layer in model.layers:
+            taps.append(layer(taps[-1], context))
+        return taps
+
+    return torch.compile(run, dynamic=False) if compiled else run
+
+
 def teach(
     model: Llama, heads: nn.ModuleDict, batches: TextBatches, course: Course, *, out: Path, compiled: bool
 ) -> None:
@@ -249,14 +261,7 @@ def teach(
     others = [p for n, p in named if not (p.dim() == 2 and n.startswith("layers."))]
     optimizer_list = optimizers(hidden, others, lr=course.lr)
 
-    def streams(embeddings: Tensor) -> list[Tensor]:
-        """The stream behind every layer."""
-        context, taps = model.context(embeddings), [embeddings]
-        for layer in model.layers:
-            taps.append(layer(taps[-1], context))
-        return taps
-
-    run = torch.compile(streams, dynamic=False) if compiled else streams
+    run = streams(model, compiled=compiled)
     started, pad = time.time(), batches.pad
     for step, drawn in zip(range(steps), batches, strict=False):
         share = schedule(step, steps)

@@ -76,6 +76,19 @@ def write_once(samples: Iterator[Sample], folder: Path, source: dict[str, Any]) 
     return True
 
 
+def begin_test(marker: Path, pictures: Path, source: dict[str, Any]) -> bool:
+    """Whether a test set has to be made: its marker, written last, names another source. Then nothing old is left."""
+    try:
+        if json.loads(marker.read_text())["source"] == source:
+            return False
+    except (OSError, ValueError, KeyError):
+        pass
+    marker.unlink(missing_ok=True)
+    shutil.rmtree(pictures, ignore_errors=True)  # those of an earlier, larger set
+    pictures.mkdir(parents=True)
+    return True
+
+
 def image_name(image_id: int) -> str:
     """File name of a test picture, after COCO's pattern: data type, data subtype, id of twelve digits."""
     return f"scenes_test_{image_id:012d}.png"
@@ -89,14 +102,8 @@ def write_test(folder: Path, *, count: int, seed: int, questions: int = 4) -> bo
     """
     source = {"name": "scenes", "split": scenes.TEST, "count": count, "seed": seed, "questions": questions}
     marker = folder / "scenes.json"
-    try:
-        if json.loads(marker.read_text())["source"] == source:
-            return False
-    except (OSError, ValueError, KeyError):
-        pass
-    marker.unlink(missing_ok=True)
-    shutil.rmtree(folder / "images", ignore_errors=True)  # pictures of an earlier, larger set
-    (folder / "images").mkdir(parents=True)
+    if not begin_test(marker, folder / "images", source):
+        return False
     asked: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     notes: dict[str, dict[str, Any]] = {}

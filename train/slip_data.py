@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from tqdm import tqdm
 from visplice.train import scenes, slip_words, slips
 from visplice.train.data.record import Sample
 from visplice.train.data.shards import write_json
-from visplice.train.scene_data import conversation, png, write_once
+from visplice.train.scene_data import begin_test, conversation, png, write_once
 
 ANNOTATIONS_FILE = "val_v1.0.json"  # the split of DocVQA whose answers are public
 
@@ -46,14 +44,8 @@ def write_test(folder: Path, *, count: int, seed: int, questions: int = 4) -> bo
     """
     source = {"name": "slips", "split": scenes.TEST, "count": count, "seed": seed, "questions": questions}
     marker = folder / "slips.json"
-    try:
-        if json.loads(marker.read_text())["source"] == source:
-            return False
-    except (OSError, ValueError, KeyError):
-        pass
-    marker.unlink(missing_ok=True)
-    shutil.rmtree(folder / "documents", ignore_errors=True)  # pictures of an earlier, larger set
-    (folder / "documents").mkdir(parents=True)
+    if not begin_test(marker, folder / "documents", source):
+        return False
     data: list[dict[str, Any]] = []
     for index in tqdm(range(count), desc="test slips", unit="slip", mininterval=1.0):
         rng = random.Random(f"{seed} test slip {index}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -42,72 +42,45 @@ class Task:
     answers_beside: str | None = None  # field of a row that holds its answers, where they come in the same file
 
 
+_VQA = Task(
+    name="vqav2",
+    metric="vqav2",
+    prompt=_SHORT_ANSWER,
+    max_new_tokens=16,
+    rows="questions",
+    id_field="question_id",
+    answered_id="question_id",
+    answer_field="answer",
+    image_field="image_id",
+)
+_CAPTIONS = replace(
+    _VQA,
+    metric="captions",
+    prompt=_CAPTION,
+    max_new_tokens=64,
+    answered_id="image_id",
+    answer_field="caption",
+    has_questions=False,
+)
 TASKS = {
     task.name: task
     for task in (
-        *(
-            Task(
-                name=name,
-                metric=name,
-                prompt=_SHORT_ANSWER,
-                max_new_tokens=16,
-                rows="questions",
-                id_field="question_id",
-                answered_id="question_id",
-                answer_field="answer",
-                image_field="image_id",
-            )
-            for name in ("vqav2", "okvqa")
-        ),
-        Task(
-            name="textvqa",
-            metric="textvqa",
-            prompt=_SHORT_ANSWER,
-            max_new_tokens=16,
-            rows="data",
-            id_field="question_id",
-            answered_id="question_id",
-            answer_field="answer",
-            image_field="image_id",
-            answers_beside="answers",
-        ),
-        Task(
+        _VQA,
+        replace(_VQA, name="okvqa", metric="okvqa"),
+        replace(_VQA, name="textvqa", metric="textvqa", rows="data", answers_beside="answers"),
+        replace(
+            _VQA,
             name="docvqa",
             metric="docvqa",
-            prompt=_SHORT_ANSWER,
             max_new_tokens=32,
             rows="data",
             id_field="questionId",
             answered_id="questionId",
-            answer_field="answer",
             image_field="image",
             answers_beside="answers",
         ),
-        Task(
-            name="textcaps",
-            metric="captions",
-            prompt=_CAPTION,
-            max_new_tokens=64,
-            rows="data",
-            id_field="image_id",
-            answered_id="image_id",
-            answer_field="caption",
-            image_field="image_id",
-            has_questions=False,
-            answers_beside="caption_str",
-        ),
-        Task(
-            name="coco",
-            metric="captions",
-            prompt=_CAPTION,
-            max_new_tokens=64,
-            rows="images",
-            id_field="id",
-            answered_id="image_id",
-            answer_field="caption",
-            image_field="file_name",
-            has_questions=False,
-        ),
+        replace(_CAPTIONS, name="textcaps", rows="data", id_field="image_id", answers_beside="caption_str"),
+        replace(_CAPTIONS, name="coco", rows="images", id_field="id", image_field="file_name"),
     )
 }
 
