@@ -26,7 +26,7 @@ from visplice.train.align import Align
 from visplice.train.backbone_vision import VISION
 from visplice.train.data.module import ShardData
 from visplice.train.data.shards import write_json
-from visplice.train.evaluation import DocSet, QuestionSet, VqaSet
+from visplice.train.embedded_answers import DocSet, QuestionSet, VqaSet
 from visplice.train.grid_align import align_symbols
 from visplice.train.grid_tables import load_symbols
 from visplice.train.instruct import Instruct

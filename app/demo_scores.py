@@ -8,7 +8,7 @@ from typing import Any
 
 from visplice.lm.vision_llama import VisionLlama
 from visplice.train import vqa_metric
-from visplice.train.evaluation import (
+from visplice.train.embedded_answers import (
     DocSet,
     QuestionSet,
     VqaSet,

@@ -11,7 +11,7 @@ from visplice.app.demo import Plan, run
 from visplice.app.demo_scores import score_slips, table
 from visplice.lm.extension import load_extension
 from visplice.train import trainer
-from visplice.train.evaluation import DocSet
+from visplice.train.embedded_answers import DocSet
 
 SMALL = Plan(
     train_scenes=32,

@@ -8,7 +8,7 @@ import torch
 from visplice.lm.extension import EMBEDDED, load_extension
 from visplice.lm.vision_llama import VisionLlama
 from visplice.train import slip_data, vqa_metric
-from visplice.train.evaluation import DocSet, VqaSet, answer_with_images, answer_with_words, encode_images
+from visplice.train.embedded_answers import DocSet, VqaSet, answer_with_images, answer_with_words, encode_images
 from visplice.train.scene_data import write_test
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from visplice.lm.export import TOLERANCE, export_llava
 from visplice.lm.extension import load_extension
 from visplice.train import vqa_metric
-from visplice.train.evaluation import SHORT, VqaSet, answer_with_images, encode_images
+from visplice.train.embedded_answers import SHORT, VqaSet, answer_with_images, encode_images
 from visplice.train.scene_data import write_test
 
 QUESTIONS_A_SCENE = 4

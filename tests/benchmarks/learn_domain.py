@@ -32,7 +32,7 @@ from visplice.lm.merging import merge, unmerge
 from visplice.projector.lora import LoraConfig, adapters, remove_lora
 from visplice.train.data.record import Sample
 from visplice.train.data.shards import write_json, write_shards
-from visplice.train.evaluation import answer_when_broken, answer_with_images
+from visplice.train.embedded_answers import answer_when_broken, answer_with_images
 from visplice.train.scene_data import training_samples, write_test
 from visplice.train.trainer import parameter_counts
 from visplice.train.tuning import TuneConfig

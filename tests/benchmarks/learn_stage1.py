@@ -25,7 +25,7 @@ from learning import BATCH, DTYPE, HIDDEN, Scores, encode_tokens, once, percent,
 from visplice.app.demo import ENCODER, Plan
 from visplice.lm.extension import EMBEDDED, load_extension
 from visplice.train.align import Align
-from visplice.train.evaluation import answer_when_broken
+from visplice.train.embedded_answers import answer_when_broken
 from visplice.train.optim import OptimConfig
 from visplice.train.scene_data import write_test, write_training
 

@@ -23,7 +23,7 @@ from visplice.lm.vision_llama import VisionLlama
 from visplice.train import vqa_metric
 from visplice.train.data.module import ShardData
 from visplice.train.data.shards import write_json
-from visplice.train.evaluation import VqaSet, answer_with_images, encode_images
+from visplice.train.embedded_answers import VqaSet, answer_with_images, encode_images
 from visplice.train.features.encode import EncodeConfig, encode
 from visplice.train.instruct import Instruct
 from visplice.train.optim import OptimConfig

@@ -12,7 +12,7 @@ from visplice.app.cli import main
 from visplice.train import slips
 from visplice.train.convert.vqa import vqa_source
 from visplice.train.data.shards import read_samples
-from visplice.train.evaluation import DocSet
+from visplice.train.embedded_answers import DocSet
 from visplice.train.slip_data import ANNOTATIONS_FILE, write_test, write_training
 from visplice.vision.image import open_image
 

@@ -11,7 +11,7 @@ from visplice.lm.vision_llama import VisionLlama
 from visplice.projector.mlp import Projector, ProjectorConfig, rms
 from visplice.train.data.record import Sample
 from visplice.train.data.shards import write_shards
-from visplice.train.evaluation import (
+from visplice.train.embedded_answers import (
     VqaSet,
     answer_when_broken,
     answer_with_images,

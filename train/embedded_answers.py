@@ -1,4 +1,7 @@
-"""Answers to the questions of a VQAv2 or DocVQA folder, and the controls that show what the picture is worth."""
+"""Answers to the questions of the two embedded test sets, and the controls that show what the picture is worth.
+
+Benchmarks of any model are answered by `visplice.train.evaluate`.
+"""
 
 from __future__ import annotations
 
