@@ -9,11 +9,14 @@ import torch
 from visplice.lm.checkpoint import save_llama
 from visplice.lm.config import LlamaConfig, RopeScaling
 from visplice.lm.decoder import Llama
-from visplice.lm.extension import EMBEDDED, load_extension
+from visplice.lm.extension import EMBEDDED, embedded_folder, load_extension
 from visplice.train.backbone_vision import VISION
 from visplice.train.data.module import ShardData
 from visplice.train.evaluate.run import EvalConfig, evaluate
+from visplice.train.grid_align import align_symbols
+from visplice.train.grid_tables import load_symbols
 from visplice.train.instruct import Instruct
+from visplice.train.optim import OptimConfig
 from visplice.train.scene_data import ANNOTATIONS_FILE, QUESTIONS_FILE, write_test, write_training
 from visplice.train.trainer import fit
 
@@ -66,6 +69,21 @@ def test_a_benchmark_is_answered_as_on_the_cpu(tmp_path: Path) -> None:
         )
         found.append((out / "predictions.jsonl").read_bytes())
     assert len(set(found)) == 1
+
+
+def test_patches_are_aligned_with_symbols() -> None:
+    here, there = (
+        align_symbols(
+            load_extension(EMBEDDED, device=device),
+            load_symbols(embedded_folder("lm")),
+            steps=3,
+            batch=4,
+            seed=0,
+            optim=OptimConfig(lr=1e-5),
+        )
+        for device in ("cpu", "cuda")
+    )
+    assert there == pytest.approx(here, rel=1e-2)
 
 
 def test_stage_2_trains(tmp_path: Path) -> None:

@@ -26,9 +26,10 @@ class Tables(nn.Module):
     def forward(self, grid: Tensor, whole: Tensor, *, vary: float = 0.0) -> Tensor:
         """`vary` is the share that each table's part of a picture may lack; all tokens are moved alike, then, too."""
         parts = torch.stack([table(grid[..., i]) for i, table in enumerate(self.tables)])  # [T, B, P, D]
-        gains = 1 - vary * torch.rand(len(parts), len(grid), 1, 1)
+        gains = 1 - vary * torch.rand(len(parts), len(grid), 1, 1, device=parts.device)
         patches = (parts * gains).sum(0)
-        patches = patches + vary * 0.5 * patches.detach().std() * torch.randn(len(grid), 1, patches.shape[-1])
+        moved = torch.randn(len(grid), 1, patches.shape[-1], device=parts.device)
+        patches = patches + vary * 0.5 * patches.detach().std() * moved
         start, end = (sentinel.expand(len(grid), 1, -1) for sentinel in self.sentinels)
         return torch.cat((start, self.whole(whole)[:, None], patches, end), dim=1)
 

@@ -60,3 +60,10 @@ def test_tokens_come_nearer_to_the_symbols_and_the_backbones_stay(model: VisionL
 def test_folder_without_symbols_is_an_error_that_names_the_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(OSError, match=r"symbols\.safetensors"):
         load_symbols(tmp_path)
+
+
+def test_symbols_are_made_on_the_device_of_the_grid() -> None:
+    # On the meta device a tensor of another device in between is an error, as it is on a GPU.
+    symbols = load_symbols(embedded_folder("lm")).to("meta")
+    _, grids, wholes = next(pictures(0, 2))
+    assert symbols(grids.to("meta"), wholes.to("meta")).device.type == "meta"
